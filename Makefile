@@ -13,15 +13,15 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 setup: $(STAMP)
 
-# The CPU build of torch goes in first, so that the project's own install finds it and takes no other.
-# pip's configured sources are asked for it before PyTorch's own index is. A torch >= 2.13 that is
+# torch goes in first, as the CPU build where pip's configured sources offer one (PIP_EXTRA_INDEX_URL or
+# PIP_FIND_LINKS can name more), so that the project's own install takes no other. A torch >= 2.13 that is
 # already in .venv stays as it is, CUDA and Neuron builds included.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anabranch needs Python >= 3.11: make setup PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(BIN)/python -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13))' 2>/dev/null \
 		|| $(BIN)/pip install --quiet 'torch==2.13.0+cpu' 2>/dev/null \
-		|| $(BIN)/pip install --quiet 'torch==2.13.0' --extra-index-url https://download.pytorch.org/whl/cpu
+		|| $(BIN)/pip install --quiet 'torch==2.13.0'
 	$(BIN)/pip install --quiet -e '.[dev]'
 	@touch $@
 
