@@ -1,0 +1,160 @@
+"""The adaptive layer: one call of a Mixture-of-Experts layer, balanced over the ranks of a process group.
+
+Shape suffixes: R ranks, E experts, S tokens of this rank, K experts a token, D hidden size, N rows computed
+here, L home slots, B guest slots, J = L + B slots.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from anabranch.experts.grouped import ExpertsForward
+from anabranch.experts.guests import lend, tie
+from anabranch.experts.memory import PlanMemory, Remembered, recomputing
+from anabranch.experts.seating import GuestTable, guest_table, seat
+from anabranch.placement.base import Homes, Plan, Planner
+from anabranch.transport.base import Route, Slots, Traffic, Transport
+from anabranch.transport.collectives import gather_counts
+
+
+class Observation(NamedTuple):
+    """What one forward call did, as seen by one rank. Bytes are those this rank sends in forward and backward."""
+
+    plan: Plan
+    ids_SK: Tensor
+    token_bytes: int
+    weight_bytes: int
+    plan_ms: float
+
+
+class Prepared(NamedTuple):
+    """All integer decisions of one call: inputs of the tensor part, data rather than shapes where sizes are fixed."""
+
+    route: Route
+    table: GuestTable
+    lends: bool
+
+
+class AdaptiveExperts:
+    """A layer's experts, spread over a group, with guests where the load asks for them.
+
+    One call:
+    1. every rank counts its rows per expert; the counts are all-gathered (R * E int32, the one host sync);
+    2. every rank computes the same plan; under activation checkpointing the first pass's plan is reused;
+    3. the transport decides which row goes where (integers only);
+    4. weights of guests are lent, where the plan has any;
+    5. rows are dispatched, computed by [homes | guests] in slot order, and combined.
+    Backward runs 5 to 4 reversed: gradients of guests return home and are summed there in fp32.
+
+    Allocated beyond the rows themselves: the guests' weights and their packed send and receive buffers. Home
+    parameters are never copied by a transport of exact sizes (homes and guests are two grouped calls); a
+    fixed-size transport copies them once per forward, into the [homes | guests] operand of its single call.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        homes: Homes,
+        planner: Planner,
+        transport: Transport,
+        forward: ExpertsForward,
+    ) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.homes = homes
+        self.planner = planner
+        self.transport = transport
+        # With uneven homes the last home slot may be empty; a guest slot then takes the padding of fixed buffers.
+        self.slots = max(planner.slots_needed(homes), 1 if homes.experts % homes.ranks else 0)
+        self.forward = forward
+        self.memory = PlanMemory()
+        self.observers: list[Callable[[Observation], None]] = []
+
+    def __call__(self, home: Sequence[Tensor], x_SD: Tensor, ids_SK: Tensor, weights_SK: Tensor) -> Tensor:
+        """(S, D): the weighted sum of each token's experts.
+
+        home: this rank's expert parameters, each (experts at home, ...). ids_SK: global expert ids.
+        """
+        started = time.perf_counter()
+        again = self.memory.recall() if recomputing() else None
+        plan, ids_SK = again or self._plan(ids_SK)
+        prepared = self.prepare(plan, ids_SK)
+        plan_ms = 1e3 * (time.perf_counter() - started)
+        y_SD = self.run(home, x_SD, weights_SK, prepared)
+        if again is None and self.observers:
+            traffic = prepared.route.traffic(x_SD.shape[1] * x_SD.element_size())
+            self._observe(plan, ids_SK, traffic, prepared.table, home, plan_ms)
+        return y_SD
+
+    def _plan(self, ids_SK: Tensor) -> Remembered:
+        counts_E = torch.bincount(ids_SK.reshape(-1), minlength=self.homes.experts)
+        counts_RE = gather_counts(counts_E, self.group).numpy().astype("int64")
+        plan = self.planner.plan(counts_RE, self.homes)
+        self.memory.remember(plan, ids_SK)
+        return Remembered(plan, ids_SK)
+
+    def prepare(self, plan: Plan, ids_SK: Tensor) -> Prepared:
+        """Turn a plan into the integer tables of one call. Collective."""
+        fixed = self.transport.fixed_size
+        seats = seat(plan, self.slots if fixed else None)
+        table = guest_table(plan, seats, self.rank, fixed=fixed, device=ids_SK.device)
+        lends = self.slots > 0 if fixed else table.copies > 0
+        return Prepared(self.transport.route(plan, seats, ids_SK), table, lends)
+
+    def run(self, home: Sequence[Tensor], x_SD: Tensor, weights_SK: Tensor, prepared: Prepared) -> Tensor:
+        """The tensor part: no decision is taken here. With a fixed-size transport it compiles once."""
+        home, guests = list(home), []
+        if prepared.lends:
+            # Before the dispatch, so that its backward comes last on every rank, whatever each rank computed.
+            home, guests = lend(home, prepared.table, self.group)
+        rows_ND, weight_N = self.transport.dispatch(x_SD, weights_SK, prepared.route)
+        compute = self._compute_fixed if self.transport.fixed_size else self._compute_exact
+        y_ND = compute(home, guests, rows_ND, prepared.route.slots)
+        return self.transport.combine(y_ND, weight_N, weights_SK, prepared.route).to(x_SD.dtype)
+
+    def _compute_exact(
+        self, home: list[Tensor], guests: list[Tensor], rows_ND: Tensor, slots: Slots
+    ) -> Tensor:
+        """Homes and guests as two grouped calls on neighbouring rows, so that home weights stay where they are."""
+        n, own = slots.home_rows, home[0].shape[0]
+        parts = [rows_ND[:0]]
+        if n > 0:
+            parts.append(self.forward(home, rows_ND[:n], slots.ends_J[:own], slots.slot_N[:n]))
+        if rows_ND.shape[0] > n:
+            first = self.homes.slots
+            guest_ends = slots.ends_J[first:] - n
+            parts.append(self.forward(guests, rows_ND[n:], guest_ends, slots.slot_N[n:] - first))
+        y_ND = parts[1] if len(parts) == 2 else torch.cat(parts)
+        return tie(y_ND, home + guests, [n == 0] * len(home) + [False] * len(guests))
+
+    def _compute_fixed(
+        self, home: list[Tensor], guests: list[Tensor], rows_ND: Tensor, slots: Slots
+    ) -> Tensor:
+        """One grouped call over [homes | guests]: the same shapes whatever the plan."""
+        own, first = home[0].shape[0], self.homes.slots
+        weights = [torch.cat(pair) for pair in zip(home, guests, strict=True)] if guests else home
+        # A rank with fewer homes than slots has no weights for the empty ones; they hold no rows.
+        ends_J = torch.cat([slots.ends_J[:own], slots.ends_J[first:]])
+        slot_N = torch.where(slots.slot_N >= first, slots.slot_N - (first - own), slots.slot_N)
+        return self.forward(weights, rows_ND, ends_J, slot_N)
+
+    def _observe(
+        self,
+        plan: Plan,
+        ids_SK: Tensor,
+        traffic: Traffic,
+        table: GuestTable,
+        home: Sequence[Tensor],
+        plan_ms: float,
+    ) -> None:
+        expert_bytes = sum(torch.Size(p.shape[1:]).numel() * p.element_size() for p in home)
+        moved = table.sent_experts + sum(table.recv_R)  # lent in forward, returned as gradients in backward
+        seen = Observation(
+            plan, ids_SK, 2 * (traffic.dispatch_bytes + traffic.combine_bytes), moved * expert_bytes, plan_ms
+        )
+        for observer in self.observers:
+            observer(seen)

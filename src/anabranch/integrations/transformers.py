@@ -1,0 +1,156 @@
+"""The seam to transformers: the one file that touches its expert-parallel interfaces.
+
+`register` puts an `EPImplementation` named "anabranch" into `EPImplementationInterface`; from then on
+`DistributedConfig(ep_implementation="anabranch")` selects it for any model whose config has an
+expert-parallel plan. `tests/integrations/test_seam.py` names what moved when a release of transformers
+changes one of the pieces used here.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from transformers.distributed.expert_parallel import (
+    EPImplementation,
+    EPImplementationInterface,
+    MoEParamShard,
+)
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+from anabranch.errors import ConfigError, RankError
+from anabranch.experts.adaptive import AdaptiveExperts
+from anabranch.experts.grouped import experts_forward
+from anabranch.placement.base import Homes
+from anabranch.placement.policy import make_planner
+from anabranch.transport.choose import check_transport, make_transport
+
+NAME = "anabranch"
+LAYER_ATTRIBUTE = "anabranch_layer"
+
+
+@dataclass(frozen=True)
+class AdaptiveSettings:
+    """How experts are balanced. Checked on construction: raises ConfigError naming the setting.
+
+    planner: "bounded", "exact", "static", "least_loaded" or "periodic_replication".
+    epsilon: load a rank may carry above the mean before `bounded` moves anything, as a fraction.
+    slots: guest experts a rank may host at once under `bounded`.
+    transport: "auto", "all_to_all", "dedup" or "all_gather".
+    """
+
+    planner: str = "bounded"
+    epsilon: float = 0.05
+    slots: int = 2
+    transport: str = "auto"
+
+    def __post_init__(self) -> None:
+        make_planner(self.planner, epsilon=self.epsilon, slots=self.slots)
+        check_transport(self.transport)
+
+    def digest(self) -> int:
+        """A number equal on two ranks only if their settings are."""
+        return int.from_bytes(hashlib.sha256(repr(self).encode()).digest()[:7], "big")
+
+
+class AdaptiveEP(EPImplementation):
+    """The experts of one layer, balanced by `AdaptiveExperts`. One instance per experts module."""
+
+    settings: ClassVar[AdaptiveSettings]
+
+    def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.experts = experts
+        self.names = [
+            n for n, p in experts.named_parameters(recurse=False) if isinstance(p, DTensor) and p.ndim > 0
+        ]
+        if not self.names:
+            raise ConfigError(
+                f"{type(experts).__name__} has no parameter sharded by expert: its plan needs 'grouped_gemm' rules",
+                setting="ep_plan",
+            )
+        self.group = ep_mesh.get_group()
+        self.homes = Homes.contiguous(experts._parameters[self.names[0]].shape[0], ep_mesh.size())
+        self.forward = experts_forward(experts, self.names, self.experts_forward)
+        self.layer: AdaptiveExperts | None = None
+        _check_agreement(self.settings, self.group, ep_mesh.device_type)
+        setattr(experts, LAYER_ATTRIBUTE, self)
+
+    def adaptive(self, top_k: int) -> AdaptiveExperts:
+        """The layer behind this module; built at the first call, when the number of experts a token is known."""
+        if self.layer is None:
+            s = self.settings
+            planner = make_planner(s.planner, epsilon=s.epsilon, slots=s.slots)
+            transport = make_transport(s.transport, self.group, top_k=top_k)
+            self.layer = AdaptiveExperts(self.group, self.homes, planner, transport, self.forward)
+        return self.layer
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        home = [self.experts._parameters[name] for name in self.names]
+        tokens = hidden_states.shape[0]
+        if self.tp_mesh.size() > 1:
+            # The ranks of a tensor-parallel group hold the same tokens: each takes its slice of them.
+            hidden_states, top_k_index, top_k_weights = (
+                _slice_over(self.tp_mesh, t) for t in (hidden_states, top_k_index, top_k_weights)
+            )
+        y_SD = self.adaptive(top_k_index.shape[-1])(home, hidden_states, top_k_index, top_k_weights)
+        return _join_over(self.tp_mesh, y_SD, tokens) if self.tp_mesh.size() > 1 else y_SD
+
+
+def _slice_over(mesh: DeviceMesh, rows_SD: Tensor) -> Tensor:
+    """This rank's share of rows that all ranks of `mesh` hold; backward gathers the shares' gradients."""
+    whole = DTensor.from_local(rows_SD, mesh, [Replicate()], run_check=False)
+    return whole.redistribute(mesh, [Shard(0)]).to_local()
+
+
+def _join_over(mesh: DeviceMesh, rows_SD: Tensor, tokens: int) -> Tensor:
+    """All ranks' shares, on every rank."""
+    width = rows_SD.shape[-1]
+    shares = DTensor.from_local(
+        rows_SD.contiguous(), mesh, [Shard(0)], shape=torch.Size((tokens, width)), stride=(width, 1)
+    )
+    return shares.full_tensor()
+
+
+def _check_agreement(settings: AdaptiveSettings, group: Any, device_type: str) -> None:
+    """Raise RankError where ranks were enabled with different settings: they would plan differently and hang."""
+    mine = torch.tensor([settings.digest()], dtype=torch.int64, device=device_type)
+    low, high = mine.clone(), mine.clone()
+    torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN, group=group)
+    torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX, group=group)
+    if int(low) != int(high):
+        raise RankError(
+            f"ranks disagree; rank {torch.distributed.get_rank()} has {settings}. "
+            "Call anabranch.enable with the same arguments on every rank",
+            setting="enable",
+        )
+
+
+class UnevenExpertShard(MoEParamShard):
+    """`grouped_gemm` without the demand that experts divide evenly: the last ranks' slots stay empty."""
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        whole = module._parameters.get(param)
+        if whole is None:
+            return
+        if self.shards_expert_dim and hasattr(module, "num_experts"):
+            module.num_experts = -(-whole.shape[0] // mesh.size())
+            module._is_expert_parallel = True
+        shares = distribute_tensor(whole, mesh, [self.placement], src_data_rank=None)
+        module._parameters[param] = nn.Parameter(shares, requires_grad=whole.requires_grad)
+
+
+def register(settings: AdaptiveSettings) -> None:
+    """Make `ep_implementation="anabranch"` mean these settings, for models loaded from now on."""
+    implementation = type("AnabranchEP", (AdaptiveEP,), {"settings": settings})
+    EPImplementationInterface.register(NAME, implementation)
+    ALL_PARALLEL_STYLES.register("grouped_gemm", UnevenExpertShard(Shard(0), shards_expert_dim=True))
+
+
+def adaptive_layers(model: nn.Module) -> dict[str, AdaptiveEP]:
+    """The adaptive layers of a model, by module name, in the model's order."""
+    found = ((name, getattr(module, LAYER_ATTRIBUTE, None)) for name, module in model.named_modules())
+    return {name: layer for name, layer in found if layer is not None}

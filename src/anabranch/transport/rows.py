@@ -1,0 +1,60 @@
+"""Differentiable row movement inside one rank, written so that no backward pass needs atomics.
+
+Shape suffixes: S tokens, K experts a token, P = S * K rows, N rows, U arrived tokens, D hidden size.
+"""
+
+import torch
+from torch import Tensor
+
+
+class _Spread(torch.autograd.Function):
+    """x_SD -> x[order // K]: each token once per row. Backward gathers the K gradients of a token and adds them."""
+
+    @staticmethod
+    def forward(ctx, x_SD: Tensor, order_P: Tensor, inverse_P: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(inverse_P)
+        ctx.top_k = top_k
+        return x_SD.index_select(0, order_P // top_k)
+
+    @staticmethod
+    def backward(ctx, grad_PD: Tensor):
+        (inverse_P,) = ctx.saved_tensors
+        grad_SKD = grad_PD.index_select(0, inverse_P).view(-1, ctx.top_k, grad_PD.shape[-1])
+        return grad_SKD.sum(dim=1), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """x_PD -> x[order]. Backward is the gather by the inverse order."""
+
+    @staticmethod
+    def forward(ctx, x_PD: Tensor, order_P: Tensor, inverse_P: Tensor) -> Tensor:
+        ctx.save_for_backward(order_P, inverse_P)
+        return x_PD.index_select(0, order_P)
+
+    @staticmethod
+    def backward(ctx, grad_PD: Tensor):
+        _, inverse_P = ctx.saved_tensors
+        return grad_PD.index_select(0, inverse_P), None, None
+
+
+def spread(x_SD: Tensor, order_P: Tensor, inverse_P: Tensor, top_k: int) -> Tensor:
+    """(S, D) to (P, D): row p is token order_P[p] // K."""
+    return _Spread.apply(x_SD, order_P, inverse_P, top_k)
+
+
+def permute(x_PD: Tensor, order_P: Tensor, inverse_P: Tensor) -> Tensor:
+    """(P, D) to (P, D): row p is row order_P[p] of x."""
+    return _Permute.apply(x_PD, order_P, inverse_P)
+
+
+def weigh(y_SKD: Tensor, weights_SK: Tensor) -> Tensor:
+    """(S, D): sum over k of weights_SK * y_SKD, accumulated in the matmul's precision (fp32 for bf16)."""
+    return torch.bmm(weights_SK.to(y_SKD.dtype).unsqueeze(1), y_SKD).squeeze(1)
+
+
+def fan_in(y_ND: Tensor, weight_N: Tensor, token_N: Tensor, tokens: int) -> Tensor:
+    """(U, D): weighted rows summed per arrived token, accumulated in fp32 whatever the rows' precision."""
+    wide = torch.promote_types(y_ND.dtype, torch.float32)
+    weighted_ND = y_ND.to(wide) * weight_N.to(wide).unsqueeze(-1)
+    sums_UD = torch.zeros((tokens, y_ND.shape[-1]), dtype=wide, device=y_ND.device)
+    return sums_UD.index_add(0, token_N, weighted_ND).to(y_ND.dtype)
