@@ -153,14 +153,16 @@ def test_every_config_field_is_documented() -> None:
 def undocumented(path: str) -> Iterator[int]:
     with (PACKAGE / path).open("rb") as file:
         tokens = list(tokenize.tokenize(file.readline))
-    comments = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
+    comments = [token for token in tokens if token.type == tokenize.COMMENT]
+    above = {token.start[0] for token in comments if token.line.lstrip().startswith("#")}
+    beside = {token.start[0] for token in comments} - above
     for owner in (node for node in ast.walk(sources()[path]) if isinstance(node, ast.ClassDef)):
         for field, after in zip(owner.body, [*owner.body[1:], None], strict=True):
             if not isinstance(field, ast.AnnAssign):
                 continue
-            worded = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            lines = range(field.lineno - 1, (field.end_lineno or field.lineno) + 1)
-            if not worded and not comments.intersection(lines):
+            below = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            lines = range(field.lineno, (field.end_lineno or field.lineno) + 1)
+            if not below and field.lineno - 1 not in above and not beside.intersection(lines):
                 yield field.lineno
 
 
@@ -192,7 +194,8 @@ for module in {modules}:
 print(sorted({heavy} & set(sys.modules)))
 """
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "src", capture_output=True, text=True)
-    assert (run.stdout.strip(), run.stderr) == ("[]", "")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]", "a room of the mind loads these, perhaps through another package"
 
 
 def test_the_tools_know_every_room() -> None:
