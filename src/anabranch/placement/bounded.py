@@ -75,16 +75,19 @@ def shed(load: Load, homes: Homes, cap: int, slots: int, least: int) -> Guests:
     many rows as `_evening` allows rather than only the excess. No rank below the cap ever exceeds it, so
     a rank that gives has never received, and no (expert, rank) pair comes up twice.
     """
-    rows, mean = load.rank_rows_R.tolist(), cap_rows(load.total_rows, homes.ranks)
-    hot = hottest_first(load, homes, cap)
+    home_rows, mean = load.rank_rows_R.tolist(), cap_rows(load.total_rows, homes.ranks)
+    rows, hot = list(home_rows), hottest_first(load, homes, cap)
     fullest = [(-rows[rank], rank) for rank in hot]
-    emptiest = [(rows[rank], rank) for rank in np.flatnonzero(load.rank_rows_R < cap).tolist()]
+    # Evening out leaves several ranks at the very mean. Their home loads break that tie, so that the plan
+    # does not depend on how ranks are numbered.
+    below = np.flatnonzero(load.rank_rows_R < cap).tolist()
+    emptiest = [(rows[rank], home_rows[rank], rank) for rank in below]
     heapify(fullest)
     heapify(emptiest)
     free = [slots] * homes.ranks
     guests = Guests()
     while fullest and emptiest:
-        source, to = fullest[0][1], heappop(emptiest)[1]
+        source, to = fullest[0][1], heappop(emptiest)[2]
         expert_rows, expert = -hot[source][0][0], hot[source][0][1]
         moved = min(expert_rows, cap - rows[to], max(least, _evening(rows[source], rows[to], mean, cap)))
         if moved < least:
@@ -95,13 +98,13 @@ def shed(load: Load, homes: Homes, cap: int, slots: int, least: int) -> Guests:
         rows[to] += moved
         free[to] -= 1
         if free[to] and rows[to] < cap:
-            heappush(emptiest, (rows[to], to))
+            heappush(emptiest, (rows[to], home_rows[to], to))
         if rows[source] > cap:
             heapreplace(fullest, (-rows[source], source))
         else:
             heappop(fullest)
             if rows[source] < cap:
-                heappush(emptiest, (rows[source], source))
+                heappush(emptiest, (rows[source], home_rows[source], source))
     return guests
 
 

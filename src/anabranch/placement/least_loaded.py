@@ -71,10 +71,10 @@ def spill(load: Load, homes: Homes, capacity: int, min_chunk_rows: int) -> Guest
         taken: dict[int, int] = {}
         while rest >= min_chunk_rows:
             to = min(range(homes.ranks), key=rows.__getitem__)
-            room = capacity - rows[to]
-            chunk = min(rest, room) if room >= min_chunk_rows else rest
             if to == home:
                 break
+            room = capacity - rows[to]
+            chunk = min(rest, room) if room >= min_chunk_rows else rest
             taken[to] = taken.get(to, 0) + chunk
             rows[home] -= chunk
             rows[to] += chunk

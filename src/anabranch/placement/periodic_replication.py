@@ -8,6 +8,7 @@ Shape suffixes: R ranks of the expert-parallel group, E experts.
 """
 
 from collections import deque
+from math import lcm
 
 import numpy as np
 
@@ -76,20 +77,28 @@ def replicate(past_E: IntArray, homes: Homes, slots: int) -> dict[int, list[int]
         if per_copy_E[hottest] == 0.0:
             break
         copies_E[hottest] += 1
-    share_E = past_E / copies_E
-    rows = np.bincount(homes.rank_E, weights=share_E, minlength=homes.ranks).tolist()
+    # Shares as whole numbers of a common unit: sums of ranks are then exact, in any order.
+    unit = lcm(*copies_E.tolist())
+    share_E = [
+        past * (unit // copies) for past, copies in zip(past_E.tolist(), copies_E.tolist(), strict=True)
+    ]
+    rows, home_rows = [0] * homes.ranks, [0] * homes.ranks
+    for share, past, home in zip(share_E, past_E.tolist(), homes.rank_E.tolist(), strict=True):
+        rows[home] += share
+        home_rows[home] += past
     free = [slots] * homes.ranks
     hosts: dict[int, list[int]] = {}
-    for expert in np.argsort(-share_E, kind="stable").tolist():
+    for expert in sorted(range(homes.experts), key=share_E.__getitem__, reverse=True):
         for _ in range(int(copies_E[expert]) - 1):
             taken = {int(homes.rank_E[expert]), *hosts.get(expert, ())}
             open_ranks = [rank for rank in range(homes.ranks) if free[rank] and rank not in taken]
             if not open_ranks:
                 break
-            to = min(open_ranks, key=rows.__getitem__)
+            # A replica alone on a rank weighs what its home does alone: their own experts break the tie.
+            to = min(open_ranks, key=lambda rank: (rows[rank], home_rows[rank]))
             hosts.setdefault(expert, []).append(to)
             free[to] -= 1
-            rows[to] += float(share_E[expert])
+            rows[to] += share_E[expert]
     return hosts
 
 
