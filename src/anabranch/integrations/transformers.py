@@ -7,6 +7,7 @@ changes one of the pieces used here.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from transformers.distributed.expert_parallel import (
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
 from anabranch.errors import ConfigError, RankError
-from anabranch.experts.adaptive import AdaptiveExperts
+from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.experts.grouped import experts_forward
 from anabranch.placement.base import Homes
 from anabranch.placement.policy import make_planner
@@ -76,6 +77,7 @@ class AdaptiveEP(EPImplementation):
         self.homes = Homes.contiguous(experts._parameters[self.names[0]].shape[0], ep_mesh.size())
         self.forward = experts_forward(experts, self.names, self.experts_forward)
         self.layer: AdaptiveExperts | None = None
+        self.observers: list[Callable[[Observation], None]] = []
         _check_agreement(self.settings, self.group, ep_mesh.device_type)
         setattr(experts, LAYER_ATTRIBUTE, self)
 
@@ -86,6 +88,7 @@ class AdaptiveEP(EPImplementation):
             planner = make_planner(s.planner, epsilon=s.epsilon, slots=s.slots)
             transport = make_transport(s.transport, self.group, top_k=top_k)
             self.layer = AdaptiveExperts(self.group, self.homes, planner, transport, self.forward)
+            self.layer.observers = self.observers
         return self.layer
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -63,7 +63,10 @@ class AllGather(Transport):
         assert weight_N is not None, "all_gather weighs at the destination"
         t: Tables = route.tables
         sums_TD = fan_in(y_ND, weight_N, t.pick_C // weights_SK.shape[1], t.tokens * self.ranks)
-        return reduce_scatter_rows(sums_TD, self.group)[: weights_SK.shape[0]]
+        y_SD = reduce_scatter_rows(sums_TD, self.group)
+        tokens = weights_SK.shape[0]
+        # A copy, and only where this rank has padding: FSDP2 hooks what a layer returns, which must not be a view.
+        return y_SD if tokens == t.tokens else y_SD[:tokens].clone()
 
 
 def _pad(rows_S: Tensor, tokens: int, value: int) -> Tensor:

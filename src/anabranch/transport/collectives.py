@@ -24,18 +24,18 @@ def exchange_plain(rows_P: Tensor, send_R: list[int], recv_R: list[int], group: 
 
 def gather_rows(rows_SD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(S, ...) on each of R ranks to (R * S, ...) on all, rank-major. Backward is a reduce-scatter (sum)."""
-    return functional.wait_tensor(functional.all_gather_tensor_autograd(rows_SD.contiguous(), 0, group))
+    return functional.wait_tensor(functional.all_gather_single_autograd(rows_SD.contiguous(), 0, group))
 
 
 def gather_plain(rows_S: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`gather_rows` for tensors without gradient."""
-    return functional.wait_tensor(functional.all_gather_tensor(rows_S.contiguous(), 0, group))
+    return functional.wait_tensor(functional.all_gather_single(rows_S.contiguous(), 0, group))
 
 
 def reduce_scatter_rows(rows_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(R * S, ...) on all ranks, summed, to each rank's (S, ...). Backward is an all-gather."""
     return functional.wait_tensor(
-        functional.reduce_scatter_tensor_autograd(rows_TD.contiguous(), "sum", 0, group)
+        functional.reduce_scatter_single_autograd(rows_TD.contiguous(), "sum", 0, group)
     )
 
 
@@ -43,5 +43,5 @@ def gather_counts(counts_E: Tensor, group: dist.ProcessGroup) -> Tensor:
     """int (E,) on each rank to int32 (R, E) on the host: the one host synchronisation of a layer's plan."""
     size = dist.get_world_size(group)
     counts_RE = torch.empty((size, counts_E.shape[0]), dtype=torch.int32, device=counts_E.device)
-    dist.all_gather_into_tensor(counts_RE, counts_E.to(torch.int32).unsqueeze(0), group=group)
+    dist.all_gather_single(counts_RE, counts_E.to(torch.int32).unsqueeze(0), group=group)
     return counts_RE.cpu()

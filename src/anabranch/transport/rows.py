@@ -3,6 +3,8 @@
 Shape suffixes: S tokens, K experts a token, P = S * K rows, N rows, U arrived tokens, D hidden size.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,13 +13,13 @@ class _Spread(torch.autograd.Function):
     """x_SD -> x[order // K]: each token once per row. Backward gathers the K gradients of a token and adds them."""
 
     @staticmethod
-    def forward(ctx, x_SD: Tensor, order_P: Tensor, inverse_P: Tensor, top_k: int) -> Tensor:
+    def forward(ctx: Any, x_SD: Tensor, order_P: Tensor, inverse_P: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(inverse_P)
         ctx.top_k = top_k
         return x_SD.index_select(0, order_P // top_k)
 
     @staticmethod
-    def backward(ctx, grad_PD: Tensor):
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_P,) = ctx.saved_tensors
         grad_SKD = grad_PD.index_select(0, inverse_P).view(-1, ctx.top_k, grad_PD.shape[-1])
         return grad_SKD.sum(dim=1), None, None, None
@@ -27,12 +29,12 @@ class _Permute(torch.autograd.Function):
     """x_PD -> x[order]. Backward is the gather by the inverse order."""
 
     @staticmethod
-    def forward(ctx, x_PD: Tensor, order_P: Tensor, inverse_P: Tensor) -> Tensor:
+    def forward(ctx: Any, x_PD: Tensor, order_P: Tensor, inverse_P: Tensor) -> Tensor:
         ctx.save_for_backward(order_P, inverse_P)
         return x_PD.index_select(0, order_P)
 
     @staticmethod
-    def backward(ctx, grad_PD: Tensor):
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
         _, inverse_P = ctx.saved_tensors
         return grad_PD.index_select(0, inverse_P), None, None
 
@@ -47,9 +49,27 @@ def permute(x_PD: Tensor, order_P: Tensor, inverse_P: Tensor) -> Tensor:
     return _Permute.apply(x_PD, order_P, inverse_P)
 
 
+class _Weigh(torch.autograd.Function):
+    """sum over k of weights_SK * y_SKD, into a tensor of its own: FSDP2 hooks what a layer returns, and an
+    in-place add of the model onto a view (`bmm(...).squeeze(1)`) would drop the hook."""
+
+    @staticmethod
+    def forward(ctx: Any, y_SKD: Tensor, weights_SK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_SKD, weights_SK)
+        out_SD = y_SKD.new_empty(y_SKD.shape[0], y_SKD.shape[2])
+        torch.bmm(weights_SK.unsqueeze(1), y_SKD, out=out_SD.unsqueeze(1))
+        return out_SD
+
+    @staticmethod
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, Tensor]:
+        y_SKD, weights_SK = ctx.saved_tensors
+        grad_y = grad_SD.unsqueeze(1) * weights_SK.unsqueeze(-1)
+        return grad_y, torch.bmm(y_SKD, grad_SD.unsqueeze(-1)).squeeze(-1)
+
+
 def weigh(y_SKD: Tensor, weights_SK: Tensor) -> Tensor:
     """(S, D): sum over k of weights_SK * y_SKD, accumulated in the matmul's precision (fp32 for bf16)."""
-    return torch.bmm(weights_SK.to(y_SKD.dtype).unsqueeze(1), y_SKD).squeeze(1)
+    return _Weigh.apply(y_SKD, weights_SK.to(y_SKD.dtype))
 
 
 def fan_in(y_ND: Tensor, weight_N: Tensor, token_N: Tensor, tokens: int) -> Tensor:

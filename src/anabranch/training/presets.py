@@ -1,0 +1,38 @@
+"""The built-in models: small Qwen3-MoE shapes that train on a laptop's cores."""
+
+from typing import NamedTuple
+
+from transformers import PreTrainedConfig, Qwen3MoeConfig
+
+
+class Preset(NamedTuple):
+    """A model to train from scratch, and the text window it is meant for."""
+
+    config: PreTrainedConfig
+    sequence_length: int
+
+
+def _qwen3_moe(hidden: int, layers: int, heads: int, experts: int, width: int, vocab: int) -> PreTrainedConfig:
+    return Qwen3MoeConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        moe_intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        head_dim=hidden // heads,
+        num_experts=experts,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+
+
+def presets() -> dict[str, Preset]:
+    """Built anew at each call, since a configuration may be changed by the model built from it."""
+    return {
+        "tiny": Preset(_qwen3_moe(128, 4, 4, 16, 256, 4096), 256),
+        "small": Preset(_qwen3_moe(384, 8, 6, 32, 512, 16384), 512),
+    }
