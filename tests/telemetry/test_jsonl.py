@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict
 
 import pytest
-from tests.telemetry.records import layer_record, step_record
+from tests.telemetry.test_record import layer_record, step_record
 
 from anabranch.errors import CheckpointError
 from anabranch.telemetry.jsonl import JsonlSink

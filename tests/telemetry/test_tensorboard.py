@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.telemetry.records import layer_record, step_record
+from tests.telemetry.test_record import layer_record, step_record
 
 import anabranch
 from anabranch.telemetry.tensorboard import TensorboardSink

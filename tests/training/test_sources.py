@@ -1,13 +1,13 @@
 """Documents come in a fixed order under a cap, and what cannot be read is named with its remedy."""
 
 import json
-import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from anabranch.errors import ConfigError, DataError
+from anabranch.training import sources
 from anabranch.training.sources import Document, read_documents, split_documents
 
 PLENTY = 1_000_000
@@ -151,7 +151,7 @@ def test_a_parquet_file_of_empty_rows_is_refused(tmp_path):
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     path = parquet(tmp_path / "a.parquet", text=["one"])
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr(sources, "pyarrow", None)
     with pytest.raises(DataError, match=r"pyarrow is missing; pip install 'anabranch\[data\]'"):
         texts(path)
 

@@ -15,6 +15,12 @@ from typing import NamedTuple
 
 from anabranch.errors import ConfigError, DataError
 
+try:  # of the extra `data`
+    import pyarrow
+    import pyarrow.parquet
+except ImportError:
+    pyarrow = None
+
 STDLIB = "stdlib"
 VALIDATION_SHARE = 0.05
 # Fewer documents than this are each cut in two: whole ones would be too coarse a split.
@@ -201,11 +207,8 @@ def _text_of(file: _File, number: int, line: bytes) -> str:
 
 
 def _read_parquet(file: _File, most_bytes: int) -> Iterator[Document]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise _unreadable(file, "pyarrow is missing", "pip install 'anabranch[data]'") from error
+    if pyarrow is None:
+        raise _unreadable(file, "pyarrow is missing", "pip install 'anabranch[data]'")
     empty = True
     try:
         with pyarrow.parquet.ParquetFile(file.path) as table:

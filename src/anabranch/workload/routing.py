@@ -166,7 +166,7 @@ def routing_ids(
 def reachable_max_mean(
     name: str, *, ranks: int, experts: int, tokens: int, top_k: int, step: int = 0, seed: int = 0
 ) -> tuple[float, float]:
-    """The lowest and highest max_mean that `routing_counts` accepts without rounding it to its reach.
+    """The lowest and highest max_mean that this workload can have with these sizes.
 
     Raises ConfigError as `routing_counts` does. A workload that ignores max_mean has one value for both.
     """
@@ -241,7 +241,7 @@ def _heat_for(load: Callable[[float], float], max_mean: float) -> float:
             cool = middle
         else:
             hot = middle
-    return cool if load(0.0) >= max_mean else hot
+    return hot
 
 
 def _out_of_reach(workload: Workload, scene: Scene, max_mean: float, low: float, high: float) -> ConfigError:
