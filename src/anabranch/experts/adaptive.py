@@ -126,7 +126,8 @@ class AdaptiveExperts:
             parts.append(self.forward(home, rows_ND[:n], slots.ends_J[:own], slots.slot_N[:n]))
         if rows_ND.shape[0] > n:
             first = self.homes.slots
-            guest_ends = slots.ends_J[first:] - n
+            # A rank with fewer guests than the fullest has no weights for its empty slots; those come last.
+            guest_ends = slots.ends_J[first : first + guests[0].shape[0]] - n
             parts.append(self.forward(guests, rows_ND[n:], guest_ends, slots.slot_N[n:] - first))
         y_ND = parts[1] if len(parts) == 2 else torch.cat(parts)
         return tie(y_ND, home + guests, [n == 0] * len(home) + [False] * len(guests))
