@@ -51,6 +51,7 @@ def _settle(scene: Scene, counts_RE: IntArray, real_RE: FloatArray, tokens_R: In
     want_H = np.floor(real_H + 1e-9).astype(np.int64)
     want_H[np.argsort(want_H - real_H)[: int(counts_RE.sum() - want_H.sum())]] += 1
     off_H = np.add.reduceat(counts_RE.sum(axis=0), starts) - want_H
+    assert off_H.sum() == 0, "every source rank's shares must sum to K"
     while off_H.any():
         giver, taker = int(off_H.argmax()), int(off_H.argmin())
         gives, takes = scene.homes_of(giver), scene.homes_of(taker)
