@@ -1,21 +1,19 @@
 """A `transformers.Trainer` callback that logs what the adaptive layers did."""
 
 import time
+import warnings
 from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging
 
 from anabranch.experts.adaptive import Observation
 from anabranch.integrations.transformers import adaptive_layers
 from anabranch.placement.base import max_over_mean
 from anabranch.telemetry.energy import open_meter
 from anabranch.telemetry.record import EnergySource, LayerRecord
-
-logger = logging.get_logger(__name__)
 
 
 class StepBalance(NamedTuple):
@@ -67,8 +65,9 @@ class AdaptiveCallback(TrainerCallback):
         self.last = _summed(dict(self._seen), step_ms, joules, self._meter.source)
         if not self._warned and any(not layer.fits for layer in self.last.layers):
             self._warned = True
-            logger.warning_once(
-                "anabranch: slots are too few to bring every rank under the cap; raise slots (or epsilon)."
+            warnings.warn(
+                "anabranch: slots are too few to bring every rank under the cap; raise slots, or epsilon",
+                stacklevel=2,
             )
 
     def on_log(

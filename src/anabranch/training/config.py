@@ -24,7 +24,8 @@ class RunConfig:
     save_every, eval_every: steps between checkpoints and evaluations; 0 for only at the end.
     max_bytes: the most text read. cache: where tokenizers and token streams are kept.
     timeout_s: how long a rank waits for the others before it gives up.
-    trace: whether to record the natural routing to `out`/routing.npz. trace_ids: with token-level ids.
+    trace_every: record the natural routing of every so many steps to `out`/routing.npz; 0 for never.
+    trace_ids: record each token's experts too.
     """
 
     model: str = "tiny"
@@ -44,7 +45,7 @@ class RunConfig:
     max_bytes: int = 24_000_000
     cache: str = "~/.cache/anabranch"
     timeout_s: int = 600
-    trace: bool = False
+    trace_every: int = 0
     trace_ids: bool = False
     resume: bool = False
     overwrite: bool = False
@@ -53,7 +54,7 @@ class RunConfig:
         """Everything that can be wrong before a process starts or a file is written."""
         for name in ("ranks", "steps", "batch_size", "timeout_s", "max_bytes"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("save_every", "eval_every", "seed"):
+        for name in ("save_every", "eval_every", "trace_every", "seed"):
             _at_least(name, getattr(self, name), 0)
         if not 0 < self.learning_rate < 10:
             raise ConfigError(f"{self.learning_rate} is not a learning rate between 0 and 10", setting="learning_rate")

@@ -101,13 +101,14 @@ class OrderlyStop(TrainerCallback):
 
 
 class TraceRecorder(TrainerCallback):
-    """Records the routing of every layer and micro-batch of training; rank 0 writes the file.
+    """Records the routing of every layer and micro-batch of every `every`-th step; rank 0 writes the file.
 
     Counts are known to every rank. Token-level ids are gathered at the end of a step, when asked for.
     """
 
-    def __init__(self, writer: TraceWriter | None, *, ids: bool) -> None:
+    def __init__(self, writer: TraceWriter | None, *, every: int, ids: bool) -> None:
         self.writer = writer
+        self.every = every
         self.ids = ids
         self._seen: list[tuple[int, Observation]] = []
 
@@ -125,6 +126,8 @@ class TraceRecorder(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if state.global_step % self.every:
+            return
         micro: dict[int, int] = {}
         for layer, seen in self._seen:
             micro[layer] = micro.get(layer, -1) + 1

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
@@ -27,6 +28,9 @@ from anabranch.training.origin import Origin, find_origin
 from anabranch.training.recorder import OrderlyStop, StepRecorder, TraceRecorder
 from anabranch.training.trainer import AdaptiveTrainer, latest_checkpoint
 from anabranch.workload.trace import TraceWriter
+
+# Validation windows of one evaluation: enough to tell runs apart, few enough not to dominate short ones.
+EVAL_WINDOWS = 128
 
 
 @dataclass(frozen=True)
@@ -133,14 +137,15 @@ def _train(
     balance, stop = AdaptiveCallback(), OrderlyStop()
     sinks = [*_sinks(config, checkpoint), *watchers] if _first() else []
     recorder = StepRecorder(balance, sinks, config.ranks * config.batch_size * sequence)
+    held_out = Subset(data.validation, range(min(EVAL_WINDOWS, len(data.validation))))
     trainer = AdaptiveTrainer(
-        model=model, args=_arguments(config), train_dataset=data.train, eval_dataset=data.validation,
+        model=model, args=_arguments(config), train_dataset=data.train, eval_dataset=held_out,
         processing_class=data.tokenizer, callbacks=[balance, recorder, stop], identity=identity,
     )  # fmt: skip
     trainer.remove_callback(_printer(trainer))
-    writer = _trace(config, model, sequence) if config.trace else None
-    if config.trace:
-        trainer.add_callback(TraceRecorder(writer, ids=config.trace_ids))
+    writer = _trace(config, model, sequence) if config.trace_every else None
+    if config.trace_every:
+        trainer.add_callback(TraceRecorder(writer, every=config.trace_every, ids=config.trace_ids))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         eval_loss = trainer.evaluate()["eval_loss"] if not stop.stopped else float("nan")
@@ -196,6 +201,8 @@ def _arguments(config: RunConfig) -> TrainingArguments:
         prediction_loss_only=True,
         report_to="none",
         disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
         seed=config.seed,
         use_cpu=torch.accelerator.current_accelerator(check_available=True) is None,
         dataloader_pin_memory=torch.accelerator.is_available(),
