@@ -81,8 +81,8 @@ def test_no_guest_below_the_break_even():
     counts_RE = _counts([70, 50, 40, 40], 2)
     homes = Homes.contiguous(4, 2)
     assert BoundedPlanner(min_rows=20).plan(counts_RE, homes).rows_R.tolist() == [100, 100]
-    # A guest of 30 rows would swap the two loads (90 and 110), one of 40 is over the cap: better none.
-    plan = BoundedPlanner(min_rows=40).plan(counts_RE, homes)
+    # Rank 1 has room for 25 rows up to the cap, so that no guest of 26 is to be had.
+    plan = BoundedPlanner(min_rows=26).plan(counts_RE, homes)
     assert plan.guests == 0
     assert not plan.fits
 
@@ -93,6 +93,14 @@ def test_a_guest_worth_its_weights_may_take_more_than_evens_out():
         _counts([70, 50, 40, 40], 2), Homes.contiguous(4, 2)
     )
     assert plan.rows_R.tolist() == [95, 105]
+
+
+def test_a_copy_once_made_takes_more_than_the_excess_so_that_slots_last():
+    # Cap 19, loads 20, 10, 20, one slot a rank. Were rank 0 to shed its excess only, it would stand at the
+    # cap with no room for the excess of rank 2, and rank 1 would have no slot left.
+    homes = Homes.contiguous(6, 3)
+    guests = shed(load_of(_counts([0, 20, 0, 10, 10, 10], 3), homes), homes, cap=19, slots=1, least=1)
+    assert (guests.experts, guests.ranks, guests.rows) == ([1, 4], [1, 0], [3, 1])
 
 
 def test_levelling_evens_out_a_chain_of_copies():

@@ -33,5 +33,5 @@ def test_heaps_hold_the_own_experts_of_loaded_ranks_only():
     counts_RE = np.array([[5, 9, 1, 1, 0, 8]])
     heaps = hottest_first(load_of(counts_RE, Homes.contiguous(6, 3)), Homes.contiguous(6, 3), over_rows=7)
     assert set(heaps) == {0, 2}
-    assert [heappop(heaps[0]) for _ in range(2)] == [(-9, 1), (-5, 0)]
-    assert [heappop(heaps[2]) for _ in range(2)] == [(-8, 5), (0, 4)]
+    assert [heappop(heaps[0]) for _ in range(2)] == [(-9, -9, 1), (-5, -5, 0)]
+    assert [heappop(heaps[2]) for _ in range(2)] == [(-8, -8, 5), (0, 0, 4)]

@@ -57,7 +57,8 @@ def test_new_homes_make_it_forget():
     planner.plan(HOT_FIRST, HOMES)
     assert planner.plan(HOT_FIRST, Homes.contiguous(4, 4)).guests == 4
     moved = Homes(HOMES.rank_E[::-1].copy(), HOMES.slot_E, 4)
-    assert planner.plan(HOT_FIRST, moved).guests == 0
+    assert planner.plan(HOT_LAST, moved).guests == 0
+    assert planner.plan(HOT_LAST, moved).guest_RE[:, 3].sum() == 3
 
 
 def test_replicas_go_where_most_rows_a_copy_are_and_no_rank_hosts_one_twice():

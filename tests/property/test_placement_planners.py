@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from anabranch.placement.base import Homes, IntArray, Planner
 from anabranch.placement.bounded import BoundedPlanner
 from anabranch.placement.exact import ExactPlanner
 from anabranch.placement.least_loaded import LeastLoadedPlanner
+from anabranch.placement.load import load_of
 from anabranch.placement.periodic_replication import PeriodicReplicationPlanner
 from anabranch.placement.static import StaticPlanner
 
@@ -42,7 +43,7 @@ def _homes(experts: int, ranks: int, order: list[int]) -> Homes:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Three micro-batches (a planner may remember) of small, huge or no load, on any equal-slot homes."""
-    ranks, experts = draw(st.integers(1, 7)), draw(st.integers(1, 14))
+    ranks, experts = draw(st.integers(1, 6)), draw(st.integers(1, 9))
     homes = _homes(experts, ranks, draw(st.permutations(range(experts))))
     some_rows = st.one_of(st.just(0), st.integers(0, 9), st.integers(0, 300), st.integers(0, 10**9))
     counts = st.lists(some_rows, min_size=ranks * experts, max_size=ranks * experts)
@@ -125,36 +126,79 @@ def test_equal_histories_give_equal_plans(build, case):
 
 
 @every_planner
+@settings(max_examples=300)
 @given(
     ranks=st.integers(1, 7),
     experts=st.integers(1, 20),
-    skew=st.sampled_from([0.3, 1.0, 2.5]),
+    spread=st.sampled_from([2, 3, 10**3, 10**7]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_relabelling_ranks_and_experts_relabels_the_plan(build, ranks, experts, skew, seed):
-    """Exactly, without ties: where the loads of all experts differ, and those of all ranks.
+def test_relabelling_ranks_and_experts_relabels_the_plan(build, ranks, experts, spread, seed):
+    """Exactly, where ties do not leave the plan open: all experts differ in load, and all ranks.
 
     With rank r renamed sigma[r] and expert e renamed pi[e], in counts and homes alike, the plan of the
-    renamed input is the renamed plan, for the same history of micro-batches.
+    renamed input is the renamed plan, for the same history of micro-batches. Loads that only meet while
+    rows are moved (small numbers see to that) are no ties.
     """
     rng = np.random.default_rng(seed)
     sigma_R, pi_E = rng.permutation(ranks), rng.permutation(experts)
     homes = _homes(experts, ranks, rng.permutation(experts).tolist())
-    renamed_rank_E, renamed_slot_E = np.empty_like(homes.rank_E), np.empty_like(homes.slot_E)
-    renamed_rank_E[pi_E], renamed_slot_E[pi_E] = sigma_R[homes.rank_E], homes.slot_E
-    renamed_homes = Homes(renamed_rank_E, renamed_slot_E, ranks)
+    batches = [_scattered(rng, ranks, experts, spread * experts) for _ in range(3)]
+    # A planner may look at one micro-batch, or at the sum of two.
+    for counts_RE in (*batches, batches[0] + batches[1], batches[1] + batches[2]):
+        load = load_of(counts_RE, homes)
+        assume(np.unique(load.expert_rows_E).size == experts)
+        assume(np.unique(load.rank_rows_R).size == ranks)
     planner, renamed_planner = build(), build()
-    for _ in range(3):
-        popularity_E = np.arange(1, experts + 1) ** -skew * 1e8
-        counts_RE = (rng.random((ranks, experts)) * rng.permutation(popularity_E)).astype(np.int64)
+    for counts_RE in batches:
         plan = planner.plan(counts_RE, homes)
-        empty = ranks - np.unique(homes.rank_E).size
-        assume(np.unique(counts_RE.sum(axis=0)).size == experts)
-        assume(np.unique(plan.home_rows_R).size == ranks - max(0, empty - 1))
-        assume(empty < 2)  # ranks without experts are equal
-        renamed = renamed_planner.plan(_renamed(counts_RE, sigma_R, pi_E), renamed_homes)
+        renamed = renamed_planner.plan(
+            _renamed(counts_RE, sigma_R, pi_E), _renamed_homes(homes, sigma_R, pi_E)
+        )
         np.testing.assert_array_equal(renamed.quota_RE, _renamed(plan.quota_RE, sigma_R, pi_E))
         assert renamed.cap == plan.cap
+
+
+MEMORYLESS = {
+    "exact": ExactPlanner(),
+    "bounded": BoundedPlanner(epsilon=0.1, slots=1),
+    "bounded wide": BoundedPlanner(epsilon=0.3, slots=3, min_rows=3),
+    "least_loaded": LeastLoadedPlanner(alpha=1.0, min_chunk_rows=1, threshold=1.0),
+    "least_loaded chunky": LeastLoadedPlanner(alpha=1.1, min_chunk_rows=5, threshold=1.0),
+}
+
+
+@pytest.mark.parametrize("planner", MEMORYLESS.values(), ids=MEMORYLESS.keys())
+def test_loads_that_meet_on_the_way_do_not_depend_on_labels(planner):
+    """The same at its hardest: loads of two digits meet all the time. Too rare for drawn examples."""
+    rng = np.random.default_rng(0)
+    tried = 0
+    for _ in range(3000):
+        ranks, slots = int(rng.integers(3, 7)), int(rng.integers(1, 4))
+        homes = Homes.contiguous(ranks * slots, ranks)
+        counts_RE = np.zeros((ranks, homes.experts), dtype=np.int64)
+        counts_RE[0] = rng.choice(30, homes.experts, replace=False)
+        sigma_R, pi_E = np.arange(ranks)[::-1], np.arange(homes.experts)[::-1]
+        plan = planner.plan(counts_RE, homes)
+        if np.unique(plan.home_rows_R).size < ranks:
+            continue
+        tried += 1
+        renamed = planner.plan(_renamed(counts_RE, sigma_R, pi_E), _renamed_homes(homes, sigma_R, pi_E))
+        np.testing.assert_array_equal(renamed.quota_RE, _renamed(plan.quota_RE, sigma_R, pi_E))
+    assert tried > 1000
+
+
+def _scattered(rng: np.random.Generator, ranks: int, experts: int, most_rows: int) -> IntArray:
+    """Distinct loads, one expert ten times as hot as it would be, each from a few sources."""
+    load_E = rng.choice(most_rows, experts, replace=False)
+    load_E[0] *= 10
+    return np.stack([rng.multinomial(rows, rng.dirichlet(np.ones(ranks))) for rows in load_E], axis=1)
+
+
+def _renamed_homes(homes: Homes, sigma_R: IntArray, pi_E: IntArray) -> Homes:
+    rank_E, slot_E = np.empty_like(homes.rank_E), np.empty_like(homes.slot_E)
+    rank_E[pi_E], slot_E[pi_E] = sigma_R[homes.rank_E], homes.slot_E
+    return Homes(rank_E, slot_E, homes.ranks)
 
 
 def _renamed(array_RE: IntArray, sigma_R: IntArray, pi_E: IntArray) -> IntArray:

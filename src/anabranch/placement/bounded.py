@@ -77,9 +77,7 @@ def shed(load: Load, homes: Homes, cap: int, slots: int, least: int) -> Guests:
     """
     home_rows, mean = load.rank_rows_R.tolist(), cap_rows(load.total_rows, homes.ranks)
     rows, hot = list(home_rows), hottest_first(load, homes, cap)
-    fullest = [(-rows[rank], rank) for rank in hot]
-    # Evening out leaves several ranks at the very mean. Their home loads break that tie, so that the plan
-    # does not depend on how ranks are numbered.
+    fullest = [(-rows[rank], -home_rows[rank], rank) for rank in hot]
     below = np.flatnonzero(load.rank_rows_R < cap).tolist()
     emptiest = [(rows[rank], home_rows[rank], rank) for rank in below]
     heapify(fullest)
@@ -87,20 +85,20 @@ def shed(load: Load, homes: Homes, cap: int, slots: int, least: int) -> Guests:
     free = [slots] * homes.ranks
     guests = Guests()
     while fullest and emptiest:
-        source, to = fullest[0][1], heappop(emptiest)[2]
-        expert_rows, expert = -hot[source][0][0], hot[source][0][1]
-        moved = min(expert_rows, cap - rows[to], max(least, _evening(rows[source], rows[to], mean, cap)))
+        source, to = fullest[0][2], heappop(emptiest)[2]
+        left, before, expert = hot[source][0]
+        moved = min(-left, cap - rows[to], max(least, _evening(rows[source], rows[to], mean, cap)))
         if moved < least:
             break
         guests.add(expert, to, moved)
-        heapreplace(hot[source], (moved - expert_rows, expert))
+        heapreplace(hot[source], (left + moved, before, expert))
         rows[source] -= moved
         rows[to] += moved
         free[to] -= 1
         if free[to] and rows[to] < cap:
             heappush(emptiest, (rows[to], home_rows[to], to))
         if rows[source] > cap:
-            heapreplace(fullest, (-rows[source], source))
+            heapreplace(fullest, (-rows[source], -home_rows[source], source))
         else:
             heappop(fullest)
             if rows[source] < cap:

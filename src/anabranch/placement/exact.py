@@ -47,36 +47,38 @@ def alias(load: Load, homes: Homes, cap: int) -> Guests:
     Room above `total` is slack. It is spent on ending a trip where the donor meets the cap, which spares
     the trip that would refill the donor.
     """
-    rows = load.rank_rows_R.tolist()
+    home_rows = load.rank_rows_R.tolist()
+    rows = list(home_rows)
     slack = cap * homes.ranks - load.total_rows
     assert slack >= 0, "the cap is below the mean"
     hot = hottest_first(load, homes, cap)
-    surplus = [(-rows[rank], rank) for rank in hot]
-    deficit = [(rows[rank], rank) for rank in np.flatnonzero(load.rank_rows_R < cap).tolist()]
+    surplus = [(-rows[rank], -home_rows[rank], rank) for rank in hot]
+    below = np.flatnonzero(load.rank_rows_R < cap).tolist()
+    deficit = [(rows[rank], home_rows[rank], rank) for rank in below]
     heapify(surplus)
     heapify(deficit)
     guests = Guests()
     while surplus:
-        donor, (filled_rows, filled) = surplus[0][1], heappop(deficit)
-        room, over = cap - filled_rows, rows[donor] - cap
+        donor, filled = surplus[0][2], heappop(deficit)[2]
+        room, over = cap - rows[filled], rows[donor] - cap
         moved = min(room, max(over, room - slack))
         slack -= room - moved
         _hand_over(hot[donor], filled, moved, guests)
         rows[donor] -= moved
         if rows[donor] > cap:
-            heapreplace(surplus, (-rows[donor], donor))
+            heapreplace(surplus, (-rows[donor], -home_rows[donor], donor))
         else:
             heappop(surplus)
             if rows[donor] < cap:
-                heappush(deficit, (rows[donor], donor))
+                heappush(deficit, (rows[donor], home_rows[donor], donor))
     return guests
 
 
 def _hand_over(hot: HotHeap, rank: int, rows: int, guests: Guests) -> None:
     """Moves `rows` rows of a donor's experts to `rank`, hottest expert first, so that copies are few."""
     while rows:
-        expert_rows, expert = -hot[0][0], hot[0][1]
-        moved = min(expert_rows, rows)
+        left, before, expert = hot[0]
+        moved = min(-left, rows)
         guests.add(expert, rank, moved)
         rows -= moved
-        heapreplace(hot, (moved - expert_rows, expert))
+        heapreplace(hot, (left + moved, before, expert))

@@ -24,8 +24,7 @@ class LeastLoadedPlanner:
     min_chunk_rows: the fewest rows worth a spill (the paper's m).
     threshold: max/mean up to which the plan is the identity (the paper's lambda).
 
-    It knows no limit on guests a rank. The cap is the capacity; the last chunk of an expert may exceed
-    it. Should that load the fullest rank more than the identity does, the identity is returned.
+    It knows no limit on guests a rank. The cap is the capacity; the last chunk of an expert may exceed it.
     Raises ConfigError naming the setting that is out of range.
     """
 
@@ -47,10 +46,7 @@ class LeastLoadedPlanner:
         fullest_rows = int(load.rank_rows_R.max())
         if max_over_mean(load.rank_rows_R) <= self.threshold:
             return identity(counts_RE, homes, load, max(capacity, fullest_rows))
-        plan = plan_with(spill(load, homes, capacity, self.min_chunk_rows), counts_RE, homes, load, capacity)
-        if int(plan.rows_R.max()) > fullest_rows:
-            return identity(counts_RE, homes, load, capacity)
-        return plan
+        return plan_with(spill(load, homes, capacity, self.min_chunk_rows), counts_RE, homes, load, capacity)
 
     def slots_needed(self, homes: Homes) -> int:
         """Every expert a rank does not own."""
@@ -61,24 +57,21 @@ def spill(load: Load, homes: Homes, capacity: int, min_chunk_rows: int) -> Guest
     """Goes through the experts, hottest first, and spills what exceeds the capacity of their home.
 
     A rank's load counts the experts still to come at their homes. Chunks go to the least loaded rank
-    with room for one of `min_chunk_rows`; if none has, the whole rest goes to the least loaded rank.
-    A rest of less than a chunk stays at home.
+    with room for one of `min_chunk_rows`; if none has, the whole rest goes to the least loaded rank. That
+    rank is at most at the mean and the rest at most the home's excess over the capacity, so it ends below
+    where the home was: never worse than the identity. A rest of less than a chunk stays at home.
     """
-    rows, guests = load.rank_rows_R.tolist(), Guests()
+    home_rows, guests = load.rank_rows_R.tolist(), Guests()
+    rows = list(home_rows)
     for expert in np.argsort(-load.expert_rows_E, kind="stable").tolist():
         home = int(homes.rank_E[expert])
         rest = min(int(load.expert_rows_E[expert]), rows[home] - capacity)
-        taken: dict[int, int] = {}
         while rest >= min_chunk_rows:
-            to = min(range(homes.ranks), key=rows.__getitem__)
-            if to == home:
-                break
+            to = min(range(homes.ranks), key=lambda rank: (rows[rank], home_rows[rank]))
             room = capacity - rows[to]
             chunk = min(rest, room) if room >= min_chunk_rows else rest
-            taken[to] = taken.get(to, 0) + chunk
+            guests.add(expert, to, chunk)
             rows[home] -= chunk
             rows[to] += chunk
             rest -= chunk
-        for to, chunk in taken.items():
-            guests.add(expert, to, chunk)
     return guests

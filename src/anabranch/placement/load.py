@@ -10,8 +10,10 @@ import numpy as np
 
 from anabranch.placement.base import Homes, IntArray
 
-# (-rows, expert): a heap of these pops the hottest expert first, the lower id on a tie.
-HotHeap = list[tuple[int, int]]
+# Heaps hold (key, tie-break, id), the tie-break being the load before any row moved: while those loads
+# differ, a plan does not depend on how ranks and experts are numbered, whatever loads meet on the way.
+# (-rows, -rows before, expert): pops the expert with the most rows first.
+HotHeap = list[tuple[int, int, int]]
 
 
 class Load(NamedTuple):
@@ -46,5 +48,5 @@ def hottest_first(load: Load, homes: Homes, over_rows: int) -> dict[int, HotHeap
     for expert, rank, rows in zip(
         hot_E.tolist(), homes.rank_E[hot_E].tolist(), load.expert_rows_E[hot_E].tolist(), strict=True
     ):
-        heaps[rank].append((-rows, expert))
+        heaps[rank].append((-rows, -rows, expert))
     return heaps

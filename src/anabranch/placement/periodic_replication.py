@@ -8,6 +8,7 @@ Shape suffixes: R ranks of the expert-parallel group, E experts.
 """
 
 from collections import deque
+from heapq import heapify, heappop, heappush
 from math import lcm
 
 import numpy as np
@@ -70,36 +71,45 @@ def replicate(past_E: IntArray, homes: Homes, slots: int) -> dict[int, list[int]
     the heaviest replica first, each onto the least loaded rank with a free slot and no copy of it yet.
     A replica that finds no such rank is left out.
     """
-    copies_E = np.ones(homes.experts, dtype=np.int64)
-    for _ in range(homes.ranks * slots):
-        per_copy_E = np.where(copies_E < homes.ranks, past_E / copies_E, 0.0)
-        hottest = int(per_copy_E.argmax())
-        if per_copy_E[hottest] == 0.0:
-            break
-        copies_E[hottest] += 1
-    # Shares as whole numbers of a common unit: sums of ranks are then exact, in any order.
-    unit = lcm(*copies_E.tolist())
-    share_E = [
-        past * (unit // copies) for past, copies in zip(past_E.tolist(), copies_E.tolist(), strict=True)
-    ]
-    rows, home_rows = [0] * homes.ranks, [0] * homes.ranks
-    for share, past, home in zip(share_E, past_E.tolist(), homes.rank_E.tolist(), strict=True):
-        rows[home] += share
-        home_rows[home] += past
+    copies = _copies(past_E, homes, slots)
+    past_rows, homes_of = past_E.tolist(), homes.rank_E.tolist()
+    # Shares in whole numbers of a common unit: the sum over a rank is exact, in any order.
+    unit = lcm(*copies)
+    shares = [rows * (unit // n) for rows, n in zip(past_rows, copies, strict=True)]
+    rank_shares, home_rows = [0] * homes.ranks, [0] * homes.ranks
+    for expert, home in enumerate(homes_of):
+        rank_shares[home] += shares[expert]
+        home_rows[home] += past_rows[expert]
     free = [slots] * homes.ranks
     hosts: dict[int, list[int]] = {}
-    for expert in sorted(range(homes.experts), key=share_E.__getitem__, reverse=True):
-        for _ in range(int(copies_E[expert]) - 1):
-            taken = {int(homes.rank_E[expert]), *hosts.get(expert, ())}
+    for expert in sorted(range(homes.experts), key=lambda e: (shares[e], past_rows[e]), reverse=True):
+        for _ in range(copies[expert] - 1):
+            taken = {homes_of[expert], *hosts.get(expert, ())}
             open_ranks = [rank for rank in range(homes.ranks) if free[rank] and rank not in taken]
             if not open_ranks:
                 break
-            # A replica alone on a rank weighs what its home does alone: their own experts break the tie.
-            to = min(open_ranks, key=lambda rank: (rows[rank], home_rows[rank]))
+            # Ranks that hold copies of the same experts weigh the same: their own experts break the tie.
+            to = min(open_ranks, key=lambda rank: (rank_shares[rank], home_rows[rank]))
             hosts.setdefault(expert, []).append(to)
             free[to] -= 1
-            rows[to] += share_E[expert]
+            rank_shares[to] += shares[expert]
     return hosts
+
+
+def _copies(past_E: IntArray, homes: Homes, slots: int) -> list[int]:
+    """Copies of each expert, its home included, at most one a rank."""
+    copies = [1] * homes.experts
+    # (-rows per copy, -rows, expert): pops the expert with the most rows per copy first.
+    heap = [(-float(rows), -rows, expert) for expert, rows in enumerate(past_E.tolist()) if rows]
+    heapify(heap)
+    spare = homes.ranks * slots
+    while spare and heap:
+        _, rows, expert = heappop(heap)
+        if copies[expert] < homes.ranks:
+            copies[expert] += 1
+            spare -= 1
+            heappush(heap, (rows / copies[expert], rows, expert))
+    return copies
 
 
 def split(expert_rows_E: IntArray, hosts: dict[int, list[int]]) -> Guests:
