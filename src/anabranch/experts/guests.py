@@ -1,10 +1,11 @@
 """Guest weights: copies of hot experts, lent for one micro-batch, whose gradients return home.
 
-Shape suffixes: L home slots, B guest slots, W elements of one expert over all its parameters,
-G experts in a packed buffer.
+Shape suffixes: L home slots, B guest slots, G experts in an exchange buffer (one per copy), U distinct home
+experts that are lent.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,58 +23,53 @@ class _Lend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, send_index, take_B, send_R, recv_R, group, *home_L: Tensor):
-        ctx.splits, ctx.group = (send_R, recv_R), group
-        ctx.save_for_backward(send_index, take_B)
-        ctx.shapes = [p.shape for p in home_L]
-        packed_GW = torch.cat([p.flatten(1).index_select(0, send_index) for p in home_L], dim=1)
-        arrived_GW = exchange_plain(packed_GW, list(send_R), list(recv_R), group)
-        guests_BW = arrived_GW.index_select(0, take_B)
-        guests = _unpack(guests_BW, ctx.shapes)
+    def forward(ctx: Any, table: GuestTable, group: dist.ProcessGroup, *home_L: Tensor) -> tuple[Tensor, ...]:
+        ctx.table, ctx.group = table, group
+        guests = []
+        for p_L in home_L:
+            lent_G = p_L.index_select(0, table.send_index)
+            arrived_G = exchange_plain(lent_G, list(table.send_R), list(table.recv_R), group)
+            guests.append(arrived_G if table.in_order else arrived_G.index_select(0, table.take_B))
         return (*(p.view_as(p) for p in home_L), *guests)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
-        send_index, take_B = ctx.saved_tensors
-        send_R, recv_R = ctx.splits
-        count = len(ctx.shapes)
-        grad_home, grad_guest = grads[:count], grads[count:]
-        grad_BW = torch.cat([g.flatten(1) for g in grad_guest], dim=1)
-        # Empty guest slots share a place with a real one; their gradient is zero, so adding is exact.
-        returned_GW = grad_BW.new_zeros((sum(recv_R), grad_BW.shape[1])).index_add(0, take_B, grad_BW)
-        home_GW = exchange_plain(returned_GW, list(recv_R), list(send_R), ctx.group)
-        summed = _sum_at_home(grad_home, home_GW, send_index, send_R)
-        return (None, None, None, None, None, *summed)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        table, count = ctx.table, len(grads) // 2
+        summed = []
+        for home_L, guest_B in zip(grads[:count], grads[count:], strict=True):
+            returned_G = guest_B
+            if not table.in_order:
+                # Empty guest slots share a place with a real one; their gradient is zero, so adding is exact.
+                empty_G = guest_B.new_zeros((sum(table.recv_R), *guest_B.shape[1:]))
+                returned_G = empty_G.index_add(0, table.take_B, guest_B)
+            returned_G = exchange_plain(returned_G, list(table.recv_R), list(table.send_R), ctx.group)
+            summed.append(_sum_at_home(home_L, returned_G, table))
+        return (None, None, *summed)
 
 
-def _sum_at_home(
-    grad_home: Sequence[Tensor], home_GW: Tensor, send_index: Tensor, send_R: Sequence[int]
-) -> list[Tensor]:
+def _sum_at_home(grad_L: Tensor, returned_G: Tensor, table: GuestTable) -> Tensor:
     """Add the returned gradients, one rank after the other: within a rank no expert repeats, so no add races."""
-    summed = []
-    columns = home_GW.split([_inner(g) for g in grad_home], dim=1)
-    for grad_L, returned_G in zip(grad_home, columns, strict=True):
-        if grad_L.shape[0] == 0 or home_GW.shape[0] == 0:
-            summed.append(grad_L)
-            continue
-        total_L = grad_L.flatten(1).to(torch.promote_types(grad_L.dtype, torch.float32), copy=True)
-        for places, rows in zip(send_index.split(list(send_R)), returned_G.split(list(send_R)), strict=True):
-            if places.shape[0]:
-                total_L.index_add_(0, places, rows.to(total_L.dtype))
-        summed.append(total_L.to(grad_L.dtype).view(grad_L.shape))
-    return summed
+    if returned_G.shape[0] == 0 or grad_L.shape[0] == 0:
+        return grad_L
+    wide = torch.promote_types(grad_L.dtype, torch.float32)
+    total_U = grad_L.index_select(0, table.lent_U).to(wide)
+    sizes = list(table.send_R)
+    for place, rows in zip(table.place_G.split(sizes), returned_G.split(sizes), strict=True):
+        if place.shape[0]:
+            total_U = total_U.index_add_(0, place, rows.to(wide))
+    return _replace_rows(grad_L, table.lent_U, total_U.to(grad_L.dtype))
 
 
-def _inner(tensor_L: Tensor) -> int:
-    """Elements of one expert, also where a rank holds none."""
-    return int(torch.Size(tensor_L.shape[1:]).numel())
+def _replace_rows(grad_L: Tensor, lent_U: Tensor, total_U: Tensor) -> Tensor:
+    """The gradient with its lent experts' rows replaced.
 
-
-def _unpack(packed_BW: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """(B, W) to one contiguous (B, ...) tensor per parameter."""
-    widths = [int(torch.Size(shape[1:]).numel()) for shape in shapes]
-    parts = packed_BW.split(widths, dim=1)
-    return [p.reshape(-1, *shape[1:]).contiguous() for p, shape in zip(parts, shapes, strict=True)]
+    In place where that is safe: the gradient of a view made in `_Lend.forward` reaches nobody else, so a dense
+    one is a buffer of its own; an expanded one (a broadcast gradient) shares memory with itself.
+    """
+    dense = grad_L.is_contiguous() or grad_L.transpose(-2, -1).is_contiguous()
+    if dense and not torch.compiler.is_compiling():
+        return grad_L.index_copy_(0, lent_U, total_U)
+    return grad_L.index_copy(0, lent_U, total_U)
 
 
 def lend(
@@ -81,11 +77,11 @@ def lend(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(home parameters, guest parameters), each (L or B, ...), in the order given.
 
-    Allocates one packed copy of the experts sent, one of those received, and the guests themselves; home
-    parameters are passed through as views. In backward: one fp32 copy of each home gradient on ranks whose
-    experts were lent. Collective: every rank of the group calls it when the plan has guests anywhere.
+    Allocates a copy of the experts sent and the guests received; home parameters pass through as views. In
+    backward: the guests' gradients, and an fp32 copy of the home gradients of lent experts only. Collective:
+    every rank of the group calls it when the plan has guests anywhere.
     """
-    out = _Lend.apply(table.send_index, table.take_B, table.send_R, table.recv_R, group, *home)
+    out = _Lend.apply(table, group, *home)
     return list(out[: len(home)]), list(out[len(home) :])
 
 
@@ -97,13 +93,13 @@ class _Tie(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y_ND: Tensor, zero: tuple[bool, ...], *weights: Tensor):
+    def forward(ctx: Any, y_ND: Tensor, zero: tuple[bool, ...], *weights: Tensor) -> Tensor:
         ctx.zero = zero
         ctx.save_for_backward(*(w for w, z in zip(weights, zero, strict=True) if z))
         return y_ND.view_as(y_ND)
 
     @staticmethod
-    def backward(ctx, grad_ND: Tensor):
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         unused = iter(ctx.saved_tensors)
         return grad_ND, None, *(torch.zeros_like(next(unused)) if z else None for z in ctx.zero)
 

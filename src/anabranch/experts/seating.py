@@ -19,14 +19,18 @@ class GuestTable(NamedTuple):
     """The weight exchange of one plan, as seen by one rank.
 
     send_index: home slot packed at each place of the send buffer, destination-major.
-    take_B: place in the receive buffer (source-major) of each of this rank's guests.
-    send_R, recv_R: experts sent to and received from each rank. `copies`: guests in the whole group.
+    take_B: place in the receive buffer (source-major) of each of this rank's guests; in_order: they are 0..B-1.
+    send_R, recv_R: experts sent to and received from each rank. copies: guests in the whole group.
+    lent_U: the distinct home slots sent; place_G: which of them each place of the send buffer holds.
     """
 
     send_index: Tensor
     take_B: Tensor
+    in_order: bool
     send_R: tuple[int, ...]
     recv_R: tuple[int, ...]
+    lent_U: Tensor
+    place_G: Tensor
     copies: int
 
     @property
@@ -64,11 +68,18 @@ def guest_table(plan: Plan, seats: Seats, rank: int, *, fixed: bool, device: tor
     guest_RB = seats.expert_RJ[:, seats.homes :]
     build = _fixed_table if fixed else _exact_table
     send_index, take_B, send_R, recv_R = build(guest_RB, plan.homes, rank)
+    if fixed:
+        lent_U, place_G = np.arange(int((plan.homes.rank_E == rank).sum())), send_index
+    else:
+        lent_U, place_G = np.unique(send_index, return_inverse=True)
     return GuestTable(
         torch.from_numpy(send_index).to(device),
         torch.from_numpy(take_B).to(device),
+        not fixed and bool((take_B == np.arange(take_B.size)).all()),
         tuple(int(n) for n in send_R),
         tuple(int(n) for n in recv_R),
+        torch.from_numpy(lent_U).to(device),
+        torch.from_numpy(place_G).to(device),
         int((guest_RB >= 0).sum()),
     )
 
