@@ -27,7 +27,7 @@ class _Lend(torch.autograd.Function):
         ctx.table, ctx.group = table, group
         guests = []
         for p_L in home_L:
-            lent_G = p_L.index_select(0, table.send_index)
+            lent_G = _lent(p_L, table.send_index)
             arrived_G = exchange_plain(lent_G, list(table.send_R), list(table.recv_R), group)
             guests.append(arrived_G if table.in_order else arrived_G.index_select(0, table.take_B))
         return (*(p.view_as(p) for p in home_L), *guests)
@@ -45,6 +45,13 @@ class _Lend(torch.autograd.Function):
             returned_G = exchange_plain(returned_G, list(table.recv_R), list(table.send_R), ctx.group)
             summed.append(_sum_at_home(home_L, returned_G, table))
         return (None, None, *summed)
+
+
+def _lent(home_L: Tensor, send_index: Tensor) -> Tensor:
+    """The experts sent. Buffers of fixed size also leave a rank that owns none: nobody reads its zeros."""
+    if home_L.shape[0] == 0:
+        return home_L.new_zeros((send_index.shape[0], *home_L.shape[1:]))
+    return home_L.index_select(0, send_index)
 
 
 def _sum_at_home(grad_L: Tensor, returned_G: Tensor, table: GuestTable) -> Tensor:
