@@ -121,15 +121,16 @@ class AdaptiveExperts:
     ) -> Tensor:
         """Homes and guests as two grouped calls on neighbouring rows, so that home weights stay where they are."""
         n, own = slots.home_rows, home[0].shape[0]
-        parts = [rows_ND[:0]]
+        home_rows, guest_rows = rows_ND.split([n, rows_ND.shape[0] - n])
+        parts = []
         if n > 0:
-            parts.append(self.forward(home, rows_ND[:n], slots.ends_J[:own], slots.slot_N[:n]))
-        if rows_ND.shape[0] > n:
+            parts.append(self.forward(home, home_rows, slots.ends_J[:own], slots.slot_N[:n]))
+        if guest_rows.shape[0] > 0:
             first = self.homes.slots
             # A rank with fewer guests than the fullest has no weights for its empty slots; those come last.
             guest_ends = slots.ends_J[first : first + guests[0].shape[0]] - n
-            parts.append(self.forward(guests, rows_ND[n:], guest_ends, slots.slot_N[n:] - first))
-        y_ND = parts[1] if len(parts) == 2 else torch.cat(parts)
+            parts.append(self.forward(guests, guest_rows, guest_ends, slots.slot_N[n:] - first))
+        y_ND = torch.cat(parts) if len(parts) == 2 else parts[0] if parts else rows_ND
         return tie(y_ND, home + guests, [n == 0] * len(home) + [False] * len(guests))
 
     def _compute_fixed(
