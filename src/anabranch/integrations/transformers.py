@@ -25,6 +25,7 @@ from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from anabranch.errors import ConfigError, RankError
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.experts.grouped import experts_forward
+from anabranch.integrations.empty_share import bypass_sharding, load_empty_shares
 from anabranch.placement.base import Homes
 from anabranch.placement.policy import make_planner
 from anabranch.transport.choose import check_transport, make_transport
@@ -92,7 +93,7 @@ class AdaptiveEP(EPImplementation):
         return self.layer
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        home = [self.experts._parameters[name] for name in self.names]
+        home = bypass_sharding(self.experts, [self.experts._parameters[name] for name in self.names])
         tokens = hidden_states.shape[0]
         if self.tp_mesh.size() > 1:
             # The ranks of a tensor-parallel group hold the same tokens: each takes its slice of them.
@@ -151,6 +152,7 @@ def register(settings: AdaptiveSettings) -> None:
     implementation = type("AnabranchEP", (AdaptiveEP,), {"settings": settings})
     EPImplementationInterface.register(NAME, implementation)
     ALL_PARALLEL_STYLES.register("grouped_gemm", UnevenExpertShard(Shard(0), shards_expert_dim=True))
+    load_empty_shares()
 
 
 def adaptive_layers(model: nn.Module) -> dict[str, AdaptiveEP]:
