@@ -47,8 +47,8 @@ def launch(job: str, settings: dict[str, Any], ranks: int) -> dict[str, Any]:
             min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
             rdzv_endpoint="127.0.0.1:0", max_restarts=0, monitor_interval=0.2, logs_specs=logs,
         )  # fmt: skip
-        # One thread a rank: with more runnable threads than cores OpenMP stalls in 64 ms steps.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+        for name, value in _rank_environment(ranks).items():
+            os.environ.setdefault(name, value)
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         try:
             elastic_launch(config, sys.executable)("-m", "anabranch.cli.rank", str(job_file))
@@ -56,6 +56,19 @@ def launch(job: str, settings: dict[str, Any], ranks: int) -> dict[str, Any]:
             raise _reason(Path(folder), error) from None
         result = Path(folder) / "result.json"
         return json.loads(result.read_text()) if result.exists() else {}
+
+
+def _rank_environment(ranks: int) -> dict[str, str]:
+    """Defaults for the ranks' processes; what the user has set stays."""
+    return {
+        # No more threads than cores: with more, OpenMP stalls in 64 ms steps.
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        # glibc returns every freed tensor of some MB to the system and faults its pages in again at the next
+        # use: a tenth of a CPU step (docs/log.md). Let it keep them.
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+        "MALLOC_TOP_PAD_": str(1 << 28),
+    }
 
 
 def _reason(folder: Path, error: ChildFailedError) -> AnabranchError:
