@@ -116,7 +116,8 @@ def _join_over(mesh: DeviceMesh, rows_SD: Tensor, tokens: int) -> Tensor:
     shares = DTensor.from_local(
         rows_SD.contiguous(), mesh, [Shard(0)], shape=torch.Size((tokens, width)), stride=(width, 1)
     )
-    return shares.full_tensor()
+    # A copy: `full_tensor` returns a view, and FSDP2 hooks what a layer returns, which must not be one.
+    return shares.full_tensor().clone()
 
 
 def _check_agreement(settings: AdaptiveSettings, group: Any, device_type: str) -> None:
