@@ -1,0 +1,60 @@
+"""Print the README's tables from benchmark files: `python benchmarks/table.py balance FILE` or `planner FILE`.
+
+`tests/test_readme.py` holds the README to exactly this output for the committed results.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+POLICIES = ("transformers", "static", "least_loaded", "exact", "bounded")
+
+
+def balance_table(result: dict[str, Any], ranks: int) -> str:
+    """Speed over transformers' all_to_all and percent of the ideal, by workload."""
+    rows = [row for row in result["rows"] if row["ranks"] == ranks]
+    found = {(row["workload"], row["policy"]): row for row in rows}
+    lines = [
+        "| workload | max/mean | static (ours) | least_loaded | exact | **bounded** | ideal | bounded, % of ideal | guests |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        of = {policy: found[workload, policy] for policy in (*POLICIES, "ideal")}
+        shown = [f"{of[p]['speedup_vs_transformers']:.2f}" for p in ("static", "least_loaded", "exact")]
+        best = of["bounded"]
+        lines.append(
+            f"| {workload} | {best['max_mean_before']:.2f} | {' | '.join(shown)} | "
+            f"**{best['speedup_vs_transformers']:.2f}** | {of['ideal']['speedup_vs_transformers']:.2f} | "
+            f"{best['percent_of_ideal']:.1f} | {best['guests']} |"
+        )
+    return "\n".join(lines)
+
+
+def planner_table(result: dict[str, Any]) -> str:
+    """Microseconds of one plan, by size and load."""
+    lines = ["| ranks | experts | load | exact, us | bounded, us |", "|---|---|---|---|---|"]
+    found = {(r["ranks"], r["experts"], r["workload"], r["planner"]): r for r in result["rows"]}
+    for ranks, experts, workload, planner in found:
+        if planner == "exact":
+            exact, bounded = (found[ranks, experts, workload, p]["plan_us_median"] for p in ("exact", "bounded"))
+            lines.append(f"| {ranks} | {experts} | {workload} | {exact:.0f} | {bounded:.0f} |")
+    return "\n".join(lines)
+
+
+def machine_line(result: dict[str, Any]) -> str:
+    """Where a result was measured."""
+    m = result["machine"]
+    return f"{m['cpu']}, {m['cores']} cores, torch {m['torch']}, transformers {m['transformers']}"
+
+
+def tables(kind: str, file: Path) -> str:
+    result = json.loads(file.read_text())
+    if kind == "planner":
+        return planner_table(result)
+    return balance_table(result, 2)
+
+
+if __name__ == "__main__":
+    print(machine_line(json.loads(Path(sys.argv[2]).read_text())))
+    print(tables(sys.argv[1], Path(sys.argv[2])))
