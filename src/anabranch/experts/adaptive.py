@@ -80,12 +80,14 @@ class AdaptiveExperts:
         home: this rank's expert parameters, each (experts at home, ...). ids_SK: global expert ids.
         """
         started = time.perf_counter()
-        again = self.memory.recall() if recomputing() else None
-        plan, ids_SK = again or self._plan(ids_SK)
+        again = recomputing()
+        plan, ids_SK = (self.memory.recall(ids_SK) if again else None) or self._plan(ids_SK)
+        if not again:
+            self.memory.remember(plan, ids_SK)
         prepared = self.prepare(plan, ids_SK)
         plan_ms = 1e3 * (time.perf_counter() - started)
         y_SD = self.run(home, x_SD, weights_SK, prepared)
-        if again is None and self.observers:
+        if not again and self.observers:
             traffic = prepared.route.traffic(x_SD.shape[1] * x_SD.element_size())
             self._observe(plan, ids_SK, traffic, prepared.table, home, plan_ms)
         return y_SD
@@ -93,9 +95,7 @@ class AdaptiveExperts:
     def _plan(self, ids_SK: Tensor) -> Remembered:
         counts_E = torch.bincount(ids_SK.reshape(-1), minlength=self.homes.experts)
         counts_RE = gather_counts(counts_E, self.group).numpy().astype("int64")
-        plan = self.planner.plan(counts_RE, self.homes)
-        self.memory.remember(plan, ids_SK)
-        return Remembered(plan, ids_SK)
+        return Remembered(self.planner.plan(counts_RE, self.homes), ids_SK)
 
     def prepare(self, plan: Plan, ids_SK: Tensor) -> Prepared:
         """Turn a plan into the integer tables of one call. Collective."""

@@ -6,7 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anabranch.errors import PlanError
 from anabranch.placement.base import Plan
+
+OUT_OF_ORDER = (
+    "a recomputed layer does not fit the latest forward pass: under activation checkpointing call backward on the "
+    "latest micro-batch first (or on the sum of the losses)"
+)
 
 
 class Remembered(NamedTuple):
@@ -35,7 +41,19 @@ class PlanMemory:
     def remember(self, plan: Plan, ids_SK: Tensor) -> None:
         self._entries.append(Remembered(plan, ids_SK))
 
-    def recall(self) -> Remembered | None:
+    def recall(self, ids_SK: Tensor) -> Remembered | None:
         """The latest entry, removed. None where the forward pass lies too far back: the caller plans anew,
-        which every rank does alike."""
-        return self._entries.pop() if self._entries else None
+        which every rank does alike.
+
+        ids_SK: the recomputed choice of experts. Raises PlanError where the latest forward pass had another number
+        of tokens; fails (on accelerators without waiting for the device) where more than one choice in eight differs,
+        so never by a few near ties: then backward did not come to the latest forward pass first.
+        """
+        if not self._entries:
+            return None
+        latest = self._entries.pop()
+        if latest.ids_SK.shape != ids_SK.shape:
+            raise PlanError(OUT_OF_ORDER, setting="activation_checkpointing")
+        differ = (latest.ids_SK != ids_SK).sum()
+        torch._assert_async(differ <= ids_SK.numel() // 8 + 1, f"activation_checkpointing: {OUT_OF_ORDER}")
+        return latest
