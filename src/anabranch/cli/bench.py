@@ -38,7 +38,7 @@ def planner(
 @fails_clearly
 def balance(
     json_file: JsonFile = None,
-    quick: Annotated[bool, typer.Option(help="fewer tokens and rounds: under 3 minutes")] = False,
+    quick: Annotated[bool, typer.Option(help="a narrower layer and fewer rounds: under 3 minutes")] = False,
     ranks: Annotated[list[int] | None, typer.Option(help="group sizes [default: 2 and 4]")] = None,
     rounds: Annotated[int, typer.Option(help="measured rounds per policy")] = 7,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
@@ -46,9 +46,11 @@ def balance(
     max_mean: Annotated[float, typer.Option(help="rank max/mean of the stress workloads")] = 1.5,
 ) -> None:
     """One MoE layer, forward and backward, under every policy and workload, interleaved in one run."""
-    size = BalanceBench(2, rounds=rounds, dtype=dtype, transport=transport, max_mean=max_mean, trace=natural_trace())
+    size = BalanceBench(
+        2, rounds=rounds, dtype=dtype, transport=transport, max_mean=max_mean, trace=natural_trace()
+    )
     if quick:
-        size = replace(size, tokens=512, rounds=5)
+        size = replace(size, hidden=256, width=512, rounds=5)
     rows: list[dict[str, Any]] = []
     for count in ranks or (2, 4):
         # More ranks than cores share them: fewer tokens a rank keep the work, and the run, the same size.
@@ -67,7 +69,11 @@ def natural_trace() -> str:
 def machine() -> dict[str, Any]:
     """Where the figures were measured."""
     model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     return {
@@ -87,5 +93,7 @@ def _report(rows: list[dict[str, Any]], columns: tuple[str, ...], json_file: Pat
     for column in columns:
         table.add_column(column, justify="left" if column in ("workload", "policy", "planner") else "right")
     for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v := row[c], float) and abs(v) < 100 else str(v) for c in columns))
+        table.add_row(
+            *(f"{v:.3g}" if isinstance(v := row[c], float) and abs(v) < 100 else str(v) for c in columns)
+        )
     Console(width=None if os.isatty(1) else 160).print(table)
