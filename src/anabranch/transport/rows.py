@@ -51,25 +51,30 @@ def permute(x_PD: Tensor, order_P: Tensor, inverse_P: Tensor) -> Tensor:
 
 class _Weigh(torch.autograd.Function):
     """sum over k of weights_SK * y_SKD, into a tensor of its own: FSDP2 hooks what a layer returns, and an
-    in-place add of the model onto a view (`bmm(...).squeeze(1)`) would drop the hook."""
+    in-place add of the model onto a view (`bmm(...).squeeze(1)`) would drop the hook.
+
+    Products and sums have the wider type of the two, as in the models' own experts; y is saved as it came.
+    """
 
     @staticmethod
     def forward(ctx: Any, y_SKD: Tensor, weights_SK: Tensor) -> Tensor:
         ctx.save_for_backward(y_SKD, weights_SK)
-        out_SD = y_SKD.new_empty(y_SKD.shape[0], y_SKD.shape[2])
-        torch.bmm(weights_SK.unsqueeze(1), y_SKD, out=out_SD.unsqueeze(1))
+        wide = torch.promote_types(y_SKD.dtype, weights_SK.dtype)
+        out_SD = y_SKD.new_empty((y_SKD.shape[0], y_SKD.shape[2]), dtype=wide)
+        torch.bmm(weights_SK.to(wide).unsqueeze(1), y_SKD.to(wide), out=out_SD.unsqueeze(1))
         return out_SD
 
     @staticmethod
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, Tensor]:
         y_SKD, weights_SK = ctx.saved_tensors
-        grad_y = grad_SD.unsqueeze(1) * weights_SK.unsqueeze(-1)
-        return grad_y, torch.bmm(y_SKD, grad_SD.unsqueeze(-1)).squeeze(-1)
+        grad_y = grad_SD.unsqueeze(1) * weights_SK.to(grad_SD.dtype).unsqueeze(-1)
+        grad_weights = torch.bmm(y_SKD.to(grad_SD.dtype), grad_SD.unsqueeze(-1)).squeeze(-1)
+        return grad_y.to(y_SKD.dtype), grad_weights.to(weights_SK.dtype)
 
 
 def weigh(y_SKD: Tensor, weights_SK: Tensor) -> Tensor:
-    """(S, D): sum over k of weights_SK * y_SKD, accumulated in the matmul's precision (fp32 for bf16)."""
-    return _Weigh.apply(y_SKD, weights_SK.to(y_SKD.dtype))
+    """(S, D), in the wider type of the two: sum over k of weights_SK * y_SKD."""
+    return _Weigh.apply(y_SKD, weights_SK)
 
 
 def fan_in(y_ND: Tensor, weight_N: Tensor, token_N: Tensor, tokens: int) -> Tensor:
