@@ -26,7 +26,8 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/anabranch train --model tiny --data stdlib --ranks 2 --compare static --out runs/demo
+	$(BIN)/anabranch train --model tiny --data stdlib --ranks 2 --steps 120 --compare static \
+		--out runs/demo --overwrite
 
 test: $(STAMP)
 	$(PYTEST) -m "not full"
