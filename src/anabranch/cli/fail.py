@@ -5,30 +5,40 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import typer
-from rich.console import Console
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from anabranch.errors import AnabranchError
+from anabranch.cli.process import say, speaks
+from anabranch.errors import AnabranchError, RankError
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 
 
+class RankDiedError(RankError):
+    """A rank's process ended in the middle of a job."""
+
+
 def fails_clearly(command: Callable[P, T]) -> Callable[P, T]:
-    """Print an `AnabranchError` as one line and exit with 2; exit with 130 when interrupted."""
+    """Print an `AnabranchError` as one line and exit with 2; exit with 130 when interrupted.
+
+    A rank that died is not the user's mistake: exit with 1. Under an outer torchrun rank 0 alone prints.
+    """
 
     @wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return command(*args, **kwargs)
         except AnabranchError as error:
-            Console(stderr=True).print(f"[bold red]error[/] {error}", soft_wrap=True, highlight=False)
-            raise typer.Exit(USER_ERROR) from None
+            if speaks():
+                typer.secho("error", fg="red", bold=True, nl=False, err=True)
+                typer.echo(f" {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(FAILED if isinstance(error, RankDiedError) else USER_ERROR) from None
         except (KeyboardInterrupt, SignalException):
-            Console(stderr=True).print("interrupted", highlight=False)
+            say("interrupted")
             raise typer.Exit(INTERRUPTED) from None
 
     return guarded

@@ -1,81 +1,133 @@
 """Starting ranks: this machine's processes under torchrun's own agent, without its tracebacks.
 
-A job is a name and a JSON-serialisable dict. The ranks run `python -m anabranch.cli.rank JOB_FILE`; a rank
-that raises an `AnabranchError` writes it to the job's folder, and the launcher reports it once.
+A job is a name and a JSON-serialisable dict. The ranks run `python -m anabranch.cli.rank JOB_FILE`. What they
+have to say goes through the job's folder: rank 0's result, an `AnabranchError` of any rank, and the traceback
+of a rank that crashed. The launcher alone reports, once.
 """
 
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import uuid
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from anabranch.errors import AnabranchError, RankError
+from anabranch.cli.fail import RankDiedError
+from anabranch.errors import AnabranchError
+
+# A rank that meets a dead peer says so in words like these, of gloo, of the store, or of torch.
+LOST_PEER = (
+    "gloo",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "DistNetworkError",
+    "DistBackendError",
+)
+TIMED_OUT = ("Timed out waiting", "timed out", "Timeout")
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What a failed rank left behind in the job's folder."""
-
-    rank: int
-    message: str
-
-
-def under_torchrun() -> bool:
-    """Whether an outer torchrun has already started this process as one of several ranks."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
-
-
-def launch(job: str, settings: dict[str, Any], ranks: int) -> dict[str, Any]:
+def launch(job: str, settings: dict[str, Any], ranks: int, *, timeout_s: int = 600) -> dict[str, Any]:
     """Run `job` on `ranks` processes and return what rank 0 wrote as its result.
 
-    Raises RankError with the reason where a rank failed or died; the other ranks are ended with it.
+    SIGINT and SIGTERM are passed on to the ranks, which get `timeout_s` to end in order. Raises the
+    AnabranchError of a rank, RankDiedError with the reason where one died (the others are ended with it), and
+    KeyboardInterrupt where a signal ended the job without a result.
     """
-    with tempfile.TemporaryDirectory(prefix="anabranch-") as folder:
-        job_file = Path(folder) / "job.json"
-        job_file.write_text(json.dumps({"job": job, "settings": settings}))
-        logs = DefaultLogsSpecs(log_dir=folder)
+    with tempfile.TemporaryDirectory(prefix="anabranch-") as name:
+        folder = Path(name)
+        job_file = folder / "job.json"
+        job_file.write_text(json.dumps({"job": job, "settings": settings, "launcher": os.getpid()}))
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0", max_restarts=0, monitor_interval=0.2, logs_specs=logs,
+            rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0, monitor_interval=0.2,
+            logs_specs=DefaultLogsSpecs(log_dir=name), shutdown_timeout=timeout_s,
         )  # fmt: skip
-        for name, value in _rank_environment(ranks).items():
-            os.environ.setdefault(name, value)
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        result = folder / "result.json"
         try:
-            elastic_launch(config, sys.executable)("-m", "anabranch.cli.rank", str(job_file))
+            with _environment(_rank_environment(ranks)):
+                elastic_launch(config, sys.executable)("-m", "anabranch.cli.rank", str(job_file))
         except ChildFailedError as error:
-            raise _reason(Path(folder), error) from None
-        result = Path(folder) / "result.json"
-        return json.loads(result.read_text()) if result.exists() else {}
+            raise _reason(folder, error, timeout_s) from None
+        except SignalException:
+            if not result.exists():
+                raise KeyboardInterrupt from None
+        return json.loads(result.read_text())
 
 
 def _rank_environment(ranks: int) -> dict[str, str]:
     """Defaults for the ranks' processes; what the user has set stays."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     return {
         # No more threads than cores: with more, OpenMP stalls in 64 ms steps.
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
         # glibc returns every freed tensor of some MB to the system and faults its pages in again at the next
         # use: a tenth of a CPU step (docs/log.md). Let it keep them.
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
         "MALLOC_TOP_PAD_": str(1 << 28),
+        # All ranks are on this machine; else gloo looks up the host's name, which may have no address.
+        **loopback,
     }
 
 
-def _reason(folder: Path, error: ChildFailedError) -> AnabranchError:
-    left = sorted(folder.glob("error-*.json"))
-    if left:
-        said = json.loads(left[0].read_text())
-        return AnabranchError(said["message"])
-    rank, first = error.get_first_failure()
-    what = f"signal {-first.exitcode}" if first.exitcode < 0 else f"exit code {first.exitcode}"
-    return RankError(f"rank {rank} died ({what}) and ended the run; what it printed is above", setting="ranks")
+@contextmanager
+def _environment(defaults: dict[str, str]) -> Iterator[None]:
+    """The agent gives its own environment to the ranks: set what is missing, for this job only."""
+    missing = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
+
+
+def _reason(folder: Path, error: ChildFailedError, timeout_s: int) -> AnabranchError:
+    """The first cause: a reported mistake, else a rank that was killed, else a crash."""
+    if reported := sorted(folder.glob("error-*.json")):
+        return AnabranchError(json.loads(reported[0].read_text())["message"])
+    for rank, failure in sorted(error.failures.items(), key=lambda item: item[1].timestamp):
+        # The agent ends the others by SIGTERM; that is never the cause.
+        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
+            return RankDiedError(
+                f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}; all ranks ended"
+            )
+    return _crash(folder, timeout_s) or RankDiedError(
+        f"rank {error.get_first_failure()[0]} ended; all ranks ended"
+    )
+
+
+def _crash(folder: Path, timeout_s: int) -> RankDiedError | None:
+    """The earliest crash that is no echo of another, its traceback to stderr; else a vain wait."""
+    crashes = sorted((json.loads(file.read_text()) for file in folder.glob("crash-*.json")), key=_time)
+    for crash in (c for c in crashes if not _says(c, LOST_PEER + TIMED_OUT)):
+        sys.stderr.write(crash["traceback"])
+        return RankDiedError(f"rank {crash['rank']} crashed with {crash['error']}; its traceback is above")
+    for crash in (c for c in crashes if _says(c, TIMED_OUT)):
+        return RankDiedError(
+            f"rank {crash['rank']} waited {timeout_s} s for another one, which hangs or is stopped; "
+            "all ended. Raise timeout_s where a rank may take longer",
+            setting="timeout_s",
+        )
+    for crash in crashes:
+        return RankDiedError(f"rank {crash['rank']} lost the others ({crash['error']}); all ranks ended")
+    return None
+
+
+def _time(crash: dict[str, Any]) -> float:
+    return crash["time_s"]
+
+
+def _says(crash: dict[str, Any], words: tuple[str, ...]) -> bool:
+    return any(word in crash["error"] for word in words)

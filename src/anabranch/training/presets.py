@@ -12,7 +12,9 @@ class Preset(NamedTuple):
     sequence_length: int
 
 
-def _qwen3_moe(hidden: int, layers: int, heads: int, experts: int, width: int, vocab: int) -> PreTrainedConfig:
+def _qwen3_moe(
+    hidden: int, layers: int, heads: int, experts: int, width: int, vocab: int
+) -> PreTrainedConfig:
     return Qwen3MoeConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -21,7 +23,7 @@ def _qwen3_moe(hidden: int, layers: int, heads: int, experts: int, width: int, v
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 2),
-        head_dim=hidden // heads,
+        head_dim=hidden // heads,  # pyright: ignore[reportCallIssue] - a dataclass by decorator
         num_experts=experts,
         num_experts_per_tok=4,
         norm_topk_prob=True,
@@ -33,6 +35,10 @@ def _qwen3_moe(hidden: int, layers: int, heads: int, experts: int, width: int, v
 def presets() -> dict[str, Preset]:
     """Built anew at each call, since a configuration may be changed by the model built from it."""
     return {
-        "tiny": Preset(_qwen3_moe(128, 4, 4, 16, 256, 4096), 256),
-        "small": Preset(_qwen3_moe(384, 8, 6, 32, 512, 16384), 512),
+        "tiny": Preset(
+            _qwen3_moe(hidden=128, layers=4, heads=4, experts=16, width=256, vocab=4096), sequence_length=256
+        ),
+        "small": Preset(
+            _qwen3_moe(hidden=384, layers=8, heads=6, experts=32, width=512, vocab=16384), sequence_length=512
+        ),
     }

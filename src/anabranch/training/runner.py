@@ -1,189 +1,231 @@
 """One training run, as one rank sees it."""
 
-import json
+import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
+from transformers.trainer_callback import PrinterCallback
 
-from anabranch.errors import CheckpointError, ConfigError
+from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.integrations.callback import AdaptiveCallback
 from anabranch.integrations.transformers import NAME, register
 from anabranch.telemetry.jsonl import JsonlSink
-from anabranch.telemetry.record import StepRecord
 from anabranch.telemetry.sinks import Sink
 from anabranch.telemetry.tensorboard import TensorboardSink
+from anabranch.training.agreement import is_first, join, on_all_ranks, require_equal, wait_at_most, world_size
+from anabranch.training.checkpoints import discard_after, latest_checkpoint, step_of
 from anabranch.training.config import RunConfig
 from anabranch.training.data import TrainingData, build_data
+from anabranch.training.folder import write_json
 from anabranch.training.origin import Origin, find_origin
 from anabranch.training.recorder import OrderlyStop, StepRecorder, TraceRecorder
-from anabranch.training.trainer import AdaptiveTrainer, latest_checkpoint
-from anabranch.workload.trace import TraceWriter
+from anabranch.training.summary import RunSummary, read_records, summarise
+from anabranch.training.trainer import AdaptiveTrainer
 
 # Validation windows of one evaluation: enough to tell runs apart, few enough not to dominate short ones.
 EVAL_WINDOWS = 128
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """What a run came to. Medians and means are over its steps, the first two left out as warm-up."""
-
-    planner: str
-    steps: int
-    stopped_early: bool
-    first_loss: float
-    last_loss: float
-    eval_loss: float
-    step_ms_median: float
-    tokens_per_s: float
-    max_mean_before: float
-    max_mean_after: float
-    guests_per_step: float
-    token_mb_per_step: float
-    weight_mb_per_step: float
-    joules_per_step: float
-    energy_source: str
-    losses: tuple[float, ...]
-
-
 def run(config: RunConfig, watchers: Sequence[Sink] = ()) -> RunSummary:
-    """Train as configured, on this rank of an initialised or initialisable process group.
+    """Train as configured, on this rank of a group of ranks, which it joins if need be.
 
-    watchers: further sinks for the step records, used on rank 0. Raises AnabranchError for what the user can
-    correct; nothing is written to `out` before model and data are known to be usable.
+    1. The ranks make sure that settings, model, data and the checkpoint to go on from are usable on all of
+       them, and load the model. Until then nothing is written to `out`.
+    2. Rank 0 claims the folder, or clears it of what is to be done again.
+    3. They train, evaluate and save. SIGINT and SIGTERM end the run after a step, with a checkpoint.
+
+    watchers: further sinks for the step records, used on rank 0. The summary is complete on rank 0. Raises
+    AnabranchError for what the user can correct, on every rank.
     """
+    join(config.timeout_s)
+    require_equal(_shared_settings(config))
+    origin = on_all_ranks(lambda: _usable_here(config))
+    data = _data(config, origin)
+    identity = config.identity() | {"architecture": origin.digest(), "data_fingerprint": data.fingerprint}
+    checkpoint = None
+    if config.resume:
+        checkpoint = on_all_ranks(lambda: latest_checkpoint(config.folder.checkpoints, identity))
+    model = _load(config, origin, checkpoint)
+    wait_at_most(config.timeout_s)
+    with OrderlyStop() as stop:
+        on_all_ranks(lambda: _open_folder(config, checkpoint))
+        return _train(config, model, data, identity, checkpoint, watchers, stop)
+
+
+def usable_origin(config: RunConfig) -> Origin:
+    """The run's model, once settings, folders and model are known to fit each other."""
+    config.check()
     origin = find_origin(config.model, config.sequence_length)
-    _join(config)
-    cache = Path(config.cache).expanduser()
-    data = build_data(
-        list(config.data), vocab_size=origin.config.vocab_size, sequence_length=origin.sequence_length,
-        seed=config.seed, cache_dir=cache, max_bytes=config.max_bytes, tokenizer=origin.tokenizer(),
-    )  # fmt: skip
-    if len(data.tokenizer) > origin.config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer has {len(data.tokenizer)} tokens, the model {origin.config.vocab_size}", setting="model"
-        )
-    identity = json.dumps(json.loads(config.identity()) | {"data_fingerprint": data.fingerprint}, sort_keys=True)
-    checkpoint = latest_checkpoint(config.out_path / "checkpoints", identity) if config.resume else None
-    if _first() and checkpoint is None:
-        _start_folder(config, origin)
-    _barrier()
-    model = _load(config, checkpoint or origin.weights or config.out_path / "initial")
-    return _train(config, model, data, identity, checkpoint, watchers)
+    origin.homes(config.group_size)
+    return origin
 
 
-def _join(config: RunConfig) -> None:
-    """Join the group of ranks, which must be as large as configured."""
-    if not dist.is_initialized() and config.ranks > 1:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        backend = dist.get_default_backend_for_device(accelerator or torch.device("cpu"))
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world != config.ranks:
-        raise ConfigError(f"{config.ranks} configured, but {world} started; make them equal", setting="ranks")
+def _usable_here(config: RunConfig) -> Origin:
+    if world_size() != config.ranks:
+        raise ConfigError(f"{config.ranks} wanted, {world_size()} started; make them equal", setting="ranks")
+    return usable_origin(config)
 
 
-def _first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+def _shared_settings(config: RunConfig) -> dict[str, Any]:
+    """All settings, flat, but the cache, which may be elsewhere on another machine."""
+    values = config.to_dict()
+    return {**{k: v for k, v in values.items() if k not in ("experts", "cache")}, **values["experts"]}
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _data(config: RunConfig, origin: Origin) -> TrainingData:
+    """One rank of each machine goes first: it fills the cache that the others read."""
+
+    def build() -> TrainingData:
+        data = build_data(
+            list(config.data), vocab_size=origin.vocab_size, sequence_length=origin.sequence_length,
+            seed=config.seed, cache_dir=Path(config.cache).expanduser(), max_bytes=config.max_bytes,
+            tokenizer=origin.tokenizer(),
+        )  # fmt: skip
+        step = config.ranks * config.batch_size
+        if len(data.train) < step:
+            raise DataError(
+                f"the text makes {len(data.train)} windows of {origin.sequence_length} tokens, a step takes "
+                f"{step}; give more text, or lower batch_size, ranks or sequence_length",
+                setting="data",
+            )
+        return data
+
+    goes_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    data = on_all_ranks(lambda: build() if goes_first else None)
+    return on_all_ranks(lambda: data or build())
 
 
-def _start_folder(config: RunConfig, origin: Origin) -> None:
-    """A new run's folder: its configuration, and initial weights where there are none to start from."""
-    if config.overwrite and config.out_path.exists():
-        shutil.rmtree(config.out_path)
-    config.out_path.mkdir(parents=True, exist_ok=True)
-    (config.out_path / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
-    if origin.weights is None:
-        origin.write_initial(config.out_path / "initial", config.seed)
-
-
-def _load(config: RunConfig, folder: Path) -> PreTrainedModel:
+def _load(config: RunConfig, origin: Origin, checkpoint: Path | None) -> PreTrainedModel:
+    """The model with the weights of a checkpoint or of its origin, else with new ones of the run's seed."""
     register(config.experts)
+    if checkpoint is not None:
+        return on_all_ranks(lambda: _from_folder(config, checkpoint, "resume"))
+    if (weights := origin.weights) is not None:
+        return on_all_ranks(lambda: _from_folder(config, weights, "model"))
+    scratch = config.folder.scratch
+    try:
+        on_all_ranks(lambda: origin.write_initial(scratch, config.seed) if is_first() else None)
+        return on_all_ranks(lambda: _from_folder(config, scratch, "out"))
+    finally:
+        if is_first():
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _from_folder(config: RunConfig, folder: Path, setting: str) -> PreTrainedModel:
     sharding = DistributedConfig(
         fsdp_size=config.ranks,
         ep_size=config.group_size,
         ep_implementation=NAME,
         fsdp_mixed_precision=config.dtype == "bfloat16",
     )
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, distributed_config=sharding if config.ranks > 1 else None
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            distributed_config=sharding if config.ranks > 1 else None,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # and refuse them below, by name
+        )
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"the weights in {folder} cannot be read: {error}", setting=setting) from error
+    model, found = loaded
+    wrong = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
+    if wrong:
+        raise CheckpointError(
+            f"{folder} has {len(wrong)} weights missing or of another shape, such as {wrong[0]}; "
+            "its config.json is of another model",
+            setting=setting,
+        )
+    return model
+
+
+def _open_folder(config: RunConfig, checkpoint: Path | None) -> None:
+    if not is_first():
+        return
+    if checkpoint is None:
+        config.folder.claim(config.to_dict())
+    else:
+        discard_after(checkpoint)
 
 
 def _train(
     config: RunConfig,
     model: PreTrainedModel,
     data: TrainingData,
-    identity: str,
+    identity: dict[str, Any],
     checkpoint: Path | None,
     watchers: Sequence[Sink],
+    stop: OrderlyStop,
 ) -> RunSummary:
     set_seed(config.seed)
-    sequence = data.train[0]["input_ids"].shape[0]
-    balance, stop = AdaptiveCallback(), OrderlyStop()
-    sinks = [*_sinks(config, checkpoint), *watchers] if _first() else []
-    recorder = StepRecorder(balance, sinks, config.ranks * config.batch_size * sequence)
-    held_out = Subset(data.validation, range(min(EVAL_WINDOWS, len(data.validation))))
-    trainer = AdaptiveTrainer(
-        model=model, args=_arguments(config), train_dataset=data.train, eval_dataset=held_out,
-        processing_class=data.tokenizer, callbacks=[balance, recorder, stop], identity=identity,
-    )  # fmt: skip
-    trainer.remove_callback(_printer(trainer))
-    writer = _trace(config, model, sequence) if config.trace_every else None
-    if config.trace_every:
-        trainer.add_callback(TraceRecorder(writer, every=config.trace_every, ids=config.trace_ids))
-    try:
+    folder = config.folder
+    trace = TraceRecorder(folder.trace, every=config.trace_every, ids=config.trace_ids)
+    balance = AdaptiveCallback()
+    with ExitStack() as closers:
+        recorder = _recorder(config, balance, data, checkpoint, watchers, closers)
+        trainer = AdaptiveTrainer(
+            model=model,
+            args=_arguments(config),
+            train_dataset=data.train,
+            eval_dataset=Subset(data.validation, range(min(EVAL_WINDOWS, len(data.validation)))),
+            processing_class=data.tokenizer,
+            callbacks=[balance, recorder, stop, *([trace] if config.trace_every else [])],
+            identity=identity,
+        )
+        trainer.remove_callback(PrinterCallback)  # the run's own display shows the logs
+        closers.callback(trace.save)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        eval_loss = trainer.evaluate()["eval_loss"] if not stop.stopped else float("nan")
-    finally:
-        if writer is not None:
-            writer.save()
-        for sink in sinks:
-            sink.close()
+        eval_loss = recorder.eval_loss
+        if eval_loss is None and not stop.stopped:
+            eval_loss = float(trainer.evaluate()["eval_loss"])
     if not stop.stopped:
-        trainer.save_model(str(config.out_path / "model"))
-    summary = _summarise(config, recorder.records, trainer.state.global_step, stop.stopped, eval_loss)
-    if _first():
-        (config.out_path / "summary.json").write_text(json.dumps(asdict(summary), indent=2))
+        trainer.save_model(str(folder.model))
+    summary = summarise(
+        recorder.records, config.experts.planner, trainer.state.global_step, stop.stopped, eval_loss
+    )
+    if is_first():
+        write_json(folder.summary, summary.to_dict())
     return summary
 
 
-def _sinks(config: RunConfig, checkpoint: Path | None) -> list[Sink]:
-    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
-    return [
-        JsonlSink(config.out_path / "metrics.jsonl", resumed_step=step),
-        TensorboardSink(config.out_path / "tensorboard", resumed_step=step),
-    ]
-
-
-def _trace(config: RunConfig, model: PreTrainedModel, sequence: int) -> TraceWriter | None:
-    if not _first():
-        return None
-    shape = model.config
-    experts = getattr(shape, "num_experts", None) or shape.num_local_experts
-    return TraceWriter(
-        config.out_path / "routing.npz", model_type=shape.model_type, experts=experts,
-        top_k=shape.num_experts_per_tok, ranks=config.group_size, tokens_per_rank=config.batch_size * sequence,
-    )  # fmt: skip
+def _recorder(
+    config: RunConfig,
+    balance: AdaptiveCallback,
+    data: TrainingData,
+    checkpoint: Path | None,
+    watchers: Sequence[Sink],
+    closers: ExitStack,
+) -> StepRecorder:
+    """Rank 0 writes; a resumed run goes on after the records of the checkpoint's step."""
+    folder, sinks = config.folder, []
+    step = None if checkpoint is None else step_of(checkpoint)
+    earlier = on_all_ranks(lambda: [] if step is None else read_records(folder.metrics, step))
+    if is_first():
+        jsonl, events = (
+            closers.enter_context(closing(sink))
+            for sink in (
+                JsonlSink(folder.metrics, resumed_step=step),
+                TensorboardSink(folder.tensorboard, resumed_step=step),
+            )
+        )
+        sinks = [jsonl, events, *watchers]
+    tokens = config.ranks * config.batch_size * data.train[0]["input_ids"].shape[0]
+    recorder = StepRecorder(balance, sinks, tokens, earlier)
+    closers.callback(recorder.flush)
+    return recorder
 
 
 def _arguments(config: RunConfig) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(config.out_path / "checkpoints"),
+        output_dir=str(config.folder.checkpoints),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
@@ -195,7 +237,6 @@ def _arguments(config: RunConfig) -> TrainingArguments:
         logging_steps=1,
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or 1,
-        save_total_limit=2,
         eval_strategy="steps" if config.eval_every else "no",
         eval_steps=config.eval_every or None,
         prediction_loss_only=True,
@@ -204,43 +245,9 @@ def _arguments(config: RunConfig) -> TrainingArguments:
         log_level="error",
         log_level_replica="error",
         seed=config.seed,
+        # A sharded model has its own mixed precision; by itself a model takes autocast.
+        bf16=config.dtype == "bfloat16" and config.ranks == 1,
         use_cpu=torch.accelerator.current_accelerator(check_available=True) is None,
         dataloader_pin_memory=torch.accelerator.is_available(),
         ddp_timeout=config.timeout_s,
-    )
-
-
-def _printer(trainer: AdaptiveTrainer) -> Any:
-    """The callback that prints every log as a dict: the run's own display shows them."""
-    return next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
-
-
-def _summarise(
-    config: RunConfig, records: list[StepRecord], steps: int, stopped: bool, eval_loss: float
-) -> RunSummary:
-    steady = records[2:] or records
-
-    def median(name: str) -> float:
-        return float(np.median([getattr(r, name) for r in steady])) if steady else float("nan")
-
-    def mean(name: str) -> float:
-        return float(np.mean([getattr(r, name) for r in steady])) if steady else float("nan")
-
-    return RunSummary(
-        planner=config.experts.planner,
-        steps=steps,
-        stopped_early=stopped,
-        first_loss=records[0].loss if records else float("nan"),
-        last_loss=records[-1].loss if records else float("nan"),
-        eval_loss=eval_loss,
-        step_ms_median=median("step_ms"),
-        tokens_per_s=median("tokens_per_s"),
-        max_mean_before=mean("max_mean_before"),
-        max_mean_after=mean("max_mean_after"),
-        guests_per_step=mean("guests"),
-        token_mb_per_step=mean("token_bytes") / 1e6,
-        weight_mb_per_step=mean("weight_bytes") / 1e6,
-        joules_per_step=mean("joules"),
-        energy_source=records[0].energy_source if records else "estimate",
-        losses=tuple(r.loss for r in records),
     )

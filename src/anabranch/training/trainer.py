@@ -4,7 +4,6 @@ Clipping across meshes holds. Resuming does not: the Trainer refuses to checkpoi
 sharded at load time, though transformers has the functions that write and read it.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,20 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
 
-from anabranch.errors import CheckpointError
+from anabranch.training.checkpoints import keep_newest, mark_complete
 
 OPTIMIZER_FOLDER = "optimizer_distributed"
-COMPLETE = "complete.json"
+KEPT = 2
 
 
 class AdaptiveTrainer(Trainer):
     """Checkpoints whole sharded models: every rank's optimizer state, and a mark that the folder is complete.
 
-    identity: what a run must share with a checkpoint to continue it; written into the mark.
+    identity: what a run must share with a checkpoint to continue it; written into the mark. The newest `KEPT`
+    checkpoints stay; older ones go once the new one is complete.
     """
 
-    def __init__(self, *, args: TrainingArguments, identity: str, **kwargs: Any) -> None:
+    def __init__(self, *, args: TrainingArguments, identity: dict[str, Any], **kwargs: Any) -> None:
         # The refusal reads this argument once, on construction; `_save_checkpoint` reads it at every save.
         args.save_only_model = True
         super().__init__(args=args, **kwargs)
@@ -36,7 +36,8 @@ class AdaptiveTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """In order: `PackedDataset` is already shuffled by the run's seed, so a position is a number."""
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(dataset)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_distributed_loading_by_transformers:
@@ -44,14 +45,16 @@ class AdaptiveTrainer(Trainer):
             return
         save_optimizer_distributed(self.model, self.optimizer, str(Path(output_dir) / OPTIMIZER_FOLDER))
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self.is_distributed_loading_by_transformers:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         load_optimizer_distributed(self.model, self.optimizer, str(Path(checkpoint) / OPTIMIZER_FOLDER))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing to do: the runner built the model from this checkpoint's weights."""
@@ -61,26 +64,7 @@ class AdaptiveTrainer(Trainer):
         if dist.is_initialized():
             dist.barrier()
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            mark = {"identity": self.identity, "step": self.state.global_step}
-            (folder / COMPLETE).write_text(json.dumps(mark))
-
-
-def latest_checkpoint(folder: Path, identity: str) -> Path:
-    """The newest complete checkpoint. Raises CheckpointError where there is none, or it is of another run."""
-    found = sorted(folder.glob(f"checkpoint-*/{COMPLETE}"), key=lambda p: json.loads(p.read_text())["step"])
-    if not found:
-        raise CheckpointError(f"{folder} holds no complete checkpoint to resume from", setting="resume")
-    held = json.loads(found[-1].read_text())["identity"]
-    if held != identity:
-        raise CheckpointError(
-            f"{found[-1].parent} is of another run: {_difference(held, identity)}; "
-            "resume with the settings it was made with, or start anew with overwrite",
-            setting="resume",
-        )
-    return found[-1].parent
-
-
-def _difference(held: str, wanted: str) -> str:
-    old, new = json.loads(held), json.loads(wanted)
-    return ", ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in new if old.get(k) != new.get(k))
+            folder = Path(str(self.args.output_dir))
+            step = self.state.global_step
+            mark_complete(folder / f"checkpoint-{step}", step, self.identity)
+            keep_newest(folder, KEPT)
