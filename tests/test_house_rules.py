@@ -43,6 +43,9 @@ HOST_SYNCS = {
 TEST_HELPERS = {
     "conftest.py": "fixtures for every room",
     "run_distributed.py": "functions on real ranks",
+    "integrations/conftest.py": "the judge of parity and its report",
+    "integrations/parity.py": "one training, in one process and on ranks, compared",
+    "integrations/toy_models.py": "toy models of real families and the text they read",
 }
 TEST_FOLDERS = {"property", "distributed", "golden", "validation", "faults"}  # all others mirror a room
 
