@@ -16,6 +16,11 @@ from anabranch.cli.bench_balance import BalanceBench
 from anabranch.cli.bench_planner import bench_planner
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.launch import launch
+from anabranch.errors import ConfigError, TraceError
+from anabranch.training.config import DTYPES
+from anabranch.training.folder import require_folder
+from anabranch.transport.choose import check_transport
+from anabranch.workload.trace import load_trace
 
 bench = typer.Typer(help="Measure; every figure in the documentation comes from here.", no_args_is_help=True)
 
@@ -25,9 +30,10 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="write {machine, r
 @bench.command()
 @fails_clearly
 def planner(
-    rounds: Annotated[int, typer.Option(help="plans timed per case")] = 200, json_file: JsonFile = None
+    rounds: Annotated[int, typer.Option(min=1, help="plans timed per case")] = 200, json_file: JsonFile = None
 ) -> None:
     """Time the planners on skewed loads, on one thread."""
+    _check_json(json_file)
     rows = bench_planner(rounds)
     columns = ("planner", "ranks", "experts", "plan_us_median", "plan_us_p90", "assign_us_median", "guests",
                "max_mean_before", "max_mean_after")  # fmt: skip
@@ -39,16 +45,26 @@ def planner(
 def balance(
     json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option(help="a narrower layer and fewer rounds: under 3 minutes")] = False,
-    ranks: Annotated[list[int] | None, typer.Option(help="group sizes [default: 2 and 4]")] = None,
-    rounds: Annotated[int, typer.Option(help="measured rounds per policy")] = 7,
+    ranks: Annotated[list[int] | None, typer.Option(min=2, help="group sizes [default: 2 and 4]")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="measured rounds per policy")] = 7,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     transport: Annotated[str, typer.Option(help="of our policies")] = "auto",
-    max_mean: Annotated[float, typer.Option(help="rank max/mean of the stress workloads")] = 1.5,
+    max_mean: Annotated[float, typer.Option(min=1.0, help="rank max/mean of the stress workloads")] = 1.5,
+    trace: Annotated[
+        Path | None, typer.Option(help="a trace with token ids [default: the one that ships]")
+    ] = None,
 ) -> None:
     """One MoE layer, forward and backward, under every policy and workload, interleaved in one run."""
+    _check_json(json_file)
     size = BalanceBench(
-        2, rounds=rounds, dtype=dtype, transport=transport, max_mean=max_mean, trace=natural_trace()
+        2,
+        rounds=rounds,
+        dtype=dtype,
+        transport=transport,
+        max_mean=max_mean,
+        trace=str(trace or natural_trace()),
     )
+    _check(size, max(ranks or (2,)))
     if quick:
         size = replace(size, hidden=256, width=512, rounds=5)
     rows: list[dict[str, Any]] = []
@@ -61,21 +77,45 @@ def balance(
     _report(rows, columns, json_file)
 
 
-def natural_trace() -> str:
+def natural_trace() -> Path:
     """The recorded routing that ships with the package (see docs/trace.md for the command that made it)."""
-    return str(Path(__file__).parent.parent / "workload" / "natural_tiny.npz")
+    return Path(__file__).parent.parent / "workload" / "natural_tiny.npz"
+
+
+def _check(size: BalanceBench, ranks: int) -> None:
+    """Raise ConfigError or TraceError for what cannot be measured, before a process is started."""
+    check_transport(size.transport)
+    if size.dtype not in DTYPES:
+        raise ConfigError(f"{size.dtype!r} is unknown; use {' or '.join(DTYPES)}", setting="dtype")
+    if ranks > size.experts:
+        raise ConfigError(f"{ranks} would share {size.experts} experts; use at most that", setting="ranks")
+    trace = load_trace(Path(size.trace))
+    if trace.ids is None or not len(trace.ids):
+        raise TraceError(f"{size.trace} has no token ids; record it with --ids", setting="trace")
+    told = {"experts": size.experts, "top_k": size.top_k}
+    found = {name: trace.metadata[name] for name in told}
+    if found != told:
+        raise TraceError(
+            f"{size.trace} is of {found['experts']} experts, {found['top_k']} a token, the measured layer of "
+            f"{size.experts}, {size.top_k} a token; record one of the preset tiny",
+            setting="trace",
+        )
+
+
+def _check_json(json_file: Path | None) -> None:
+    """Figures that took minutes are not lost for want of a folder."""
+    if json_file is not None:
+        require_folder("json", json_file.absolute().parent)
+        if json_file.is_dir():
+            raise ConfigError(f"{json_file} is a folder; name a file", setting="json")
 
 
 def machine() -> dict[str, Any]:
     """Where the figures were measured."""
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if "model name" in line)
+    model = next(names, platform.processor())
     return {
         "cpu": model,
         "cores": os.cpu_count(),

@@ -7,6 +7,7 @@ of a rank that crashed. The launcher alone reports, once.
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -51,7 +52,7 @@ def launch(job: str, settings: dict[str, Any], ranks: int, *, timeout_s: int = 6
             rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0, monitor_interval=0.2,
             logs_specs=DefaultLogsSpecs(log_dir=name), shutdown_timeout=timeout_s,
         )  # fmt: skip
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        _hush_agent()
         result = folder / "result.json"
         try:
             with _environment(_rank_environment(ranks)):
@@ -81,6 +82,13 @@ def _rank_environment(ranks: int) -> dict[str, str]:
     }
 
 
+def _hush_agent() -> None:
+    """The agent's loggers have levels of their own; what they warn of, the launcher says in one line."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 @contextmanager
 def _environment(defaults: dict[str, str]) -> Iterator[None]:
     """The agent gives its own environment to the ranks: set what is missing, for this job only."""
@@ -97,36 +105,35 @@ def _reason(folder: Path, error: ChildFailedError, timeout_s: int) -> AnabranchE
     """The first cause: a reported mistake, else a rank that was killed, else a crash."""
     if reported := sorted(folder.glob("error-*.json")):
         return AnabranchError(json.loads(reported[0].read_text())["message"])
-    for rank, failure in sorted(error.failures.items(), key=lambda item: item[1].timestamp):
-        # The agent ends the others by SIGTERM; that is never the cause.
-        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
-            return RankDiedError(
-                f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}; all ranks ended"
-            )
-    return _crash(folder, timeout_s) or RankDiedError(
-        f"rank {error.get_first_failure()[0]} ended; all ranks ended"
-    )
+    crashes = [json.loads(file.read_text()) for file in sorted(folder.glob("crash-*.json"))]
+    crashes.sort(key=lambda crash: crash["time_s"])
+    failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
+    began_s = min(failures[0][1].timestamp, *(crash["time_s"] for crash in crashes), math.inf)
+    for rank, failure in failures:
+        # The agent ends the other ranks by SIGTERM, and by SIGKILL those that do not heed it in 30 s.
+        ended_by_agent = -failure.exitcode == signal.SIGTERM or failure.timestamp > began_s + 20
+        if failure.exitcode < 0 and not ended_by_agent:
+            name = signal.Signals(-failure.exitcode).name
+            return RankDiedError(f"rank {rank} was killed by {name}; all ranks ended")
+    return _crash(crashes, timeout_s) or RankDiedError(f"rank {failures[0][0]} ended; all ranks ended")
 
 
-def _crash(folder: Path, timeout_s: int) -> RankDiedError | None:
+def _crash(crashes: list[dict[str, Any]], timeout_s: int) -> RankDiedError | None:
     """The earliest crash that is no echo of another, its traceback to stderr; else a vain wait."""
-    crashes = sorted((json.loads(file.read_text()) for file in folder.glob("crash-*.json")), key=_time)
-    for crash in (c for c in crashes if not _says(c, LOST_PEER + TIMED_OUT)):
-        sys.stderr.write(crash["traceback"])
-        return RankDiedError(f"rank {crash['rank']} crashed with {crash['error']}; its traceback is above")
-    for crash in (c for c in crashes if _says(c, TIMED_OUT)):
-        return RankDiedError(
-            f"rank {crash['rank']} waited {timeout_s} s for another one, which hangs or is stopped; "
-            "all ended. Raise timeout_s where a rank may take longer",
-            setting="timeout_s",
-        )
+    for crash in crashes:
+        if not _says(crash, LOST_PEER + TIMED_OUT):
+            sys.stderr.write(crash["traceback"])
+            return RankDiedError(f"rank {crash['rank']} crashed: {crash['error']}; its traceback is above")
+    for crash in crashes:
+        if _says(crash, TIMED_OUT):
+            return RankDiedError(
+                f"rank {crash['rank']} waited {timeout_s} s for another one, which hangs or is stopped; "
+                "all ended. Raise timeout_s where a rank may take longer",
+                setting="timeout_s",
+            )
     for crash in crashes:
         return RankDiedError(f"rank {crash['rank']} lost the others ({crash['error']}); all ranks ended")
     return None
-
-
-def _time(crash: dict[str, Any]) -> float:
-    return crash["time_s"]
 
 
 def _says(crash: dict[str, Any], words: tuple[str, ...]) -> bool:

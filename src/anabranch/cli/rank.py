@@ -1,30 +1,22 @@
-"""One rank of a launched job: `python -m anabranch.cli.rank JOB_FILE`."""
+"""One rank of a launched job: `python -m anabranch.cli.rank JOB_FILE`.
 
+What is imported here is light: the rank knows how to end before it spends seconds on importing torch.
+"""
+
+import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import torch
-
-from anabranch.cli.bench_balance import bench_balance_rank
-from anabranch.cli.fail import INTERRUPTED, USER_ERROR
-from anabranch.cli.process import quiet
-from anabranch.cli.train import train_rank
 from anabranch.errors import AnabranchError
-from anabranch.training.agreement import leave
-
-JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "bench_balance": bench_balance_rank,
-    "train": train_rank,
-}
 
 
 def main(job_file: Path) -> int:
@@ -33,17 +25,14 @@ def main(job_file: Path) -> int:
     folder, rank = job_file.parent, int(os.environ["RANK"])
     sys.excepthook = _Crash(folder, rank)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # an interruption, as SIGINT is one
-    threading.Thread(target=_end_with, args=(request["launcher"],), daemon=True).start()
-    quiet()
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    threading.Thread(target=_end_with, args=(request["launcher"], folder), daemon=True).start()
     try:
-        result = JOBS[request["job"]](request["settings"])
+        result = import_module("anabranch.cli.jobs").carry_out(request["job"], request["settings"])
     except AnabranchError as error:
         (folder / f"error-{rank:04d}.json").write_text(json.dumps({"message": str(error)}))
-        return USER_ERROR
+        return 2
     if rank == 0:
         (folder / "result.json").write_text(json.dumps(result))
-    leave()
     return 0
 
 
@@ -59,21 +48,23 @@ class _Crash:
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
-            os._exit(INTERRUPTED)
+            os._exit(130)
         crash = {
             "rank": self.rank,
             "time_s": time.time(),
             "error": " ".join("".join(traceback.format_exception_only(error)).split()),
             "traceback": "".join(traceback.format_exception(kind, error, trace)),
         }
-        (self.folder / f"crash-{self.rank:04d}.json").write_text(json.dumps(crash))
+        with contextlib.suppress(FileNotFoundError):  # the launcher was killed, its folder is gone
+            (self.folder / f"crash-{self.rank:04d}.json").write_text(json.dumps(crash))
         os._exit(1)
 
 
-def _end_with(launcher: int) -> None:
+def _end_with(launcher: int, folder: Path) -> None:
     """A launcher that was killed leaves no rank behind, not even one that hangs in a collective."""
     while os.getppid() == launcher:
         time.sleep(1.0)
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
