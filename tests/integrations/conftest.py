@@ -1,7 +1,6 @@
 """The judge of parity, and its report: the worst error of each family, after every run that compared any."""
 
 import pytest
-
 from tests.integrations.parity import Judge
 
 JUDGE = pytest.StashKey[Judge]()

@@ -1,13 +1,15 @@
 """Parity: the same training in one process (the oracle) and spread over ranks, and how far they differ.
 
-Every process trains for STEPS steps on micro-batches named by number; the oracle takes all of a step one after the
-other and averages, a rank takes its own and the sharding averages. Nothing else differs: same checkpoint, same text,
-same optimizer, same random draws (a router that samples draws from a seed set per micro-batch).
+Every process trains for STEPS steps on micro-batches named by number; the oracle takes all of a step one
+after the other and averages, a rank takes its own and the sharding averages. Nothing else differs: same
+checkpoint, same text, same optimizer, same random draws (a router that samples draws from a seed set per
+micro-batch).
 
-An error is max|a - b| / max|b| over one tensor. AdamW divides by sqrt(v) + eps: an element's update changes by up to
-lr / eps per change of its gradient, so with the default eps (1e-8) the rounding of a gradient that is nearly zero
-becomes a whole step (measured: parameters 2e-4 apart). Both sides use eps 1e-5, a thousandth of a typical gradient
-here, which leaves every update a normalised one and holds parameters to the same bound as gradients.
+An error is max|a - b| / max|b| over one tensor. AdamW divides by sqrt(v) + eps: an element's update changes
+by up to lr / eps per change of its gradient, so with the default eps (1e-8) the rounding of a gradient that
+is nearly zero becomes a whole step (measured: parameters 2e-4 apart). Both sides use eps 1e-5, a thousandth of
+a typical gradient here, which leaves every update a normalised one and holds parameters to the same bound as
+gradients.
 """
 
 from functools import partial
@@ -17,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from tests.integrations.toy_models import micro_batch, write_checkpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
@@ -26,7 +29,6 @@ from transformers.distributed.utils import initialize_distributed_mesh
 
 import anabranch
 from anabranch.integrations.transformers import adaptive_layers
-from tests.integrations.toy_models import micro_batch, write_checkpoint
 
 STEPS = 3
 OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-5, "foreach": False}
@@ -50,9 +52,11 @@ class Layout(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """losses by (step, micro-batch); logits by micro-batch, `final` after the last step; gradients of the first step.
+    """What one process saw of a training.
 
-    From the adaptive layers: calls of an experts module, plans made, guests in them.
+    losses by (step, micro-batch); logits of the first step by micro-batch, `final` those of the trained model
+    in evaluation; gradients of the first step and their norm. From the adaptive layers: calls of an experts
+    module, plans made, guests in them.
     """
 
     losses: dict[tuple[int, int], float]
@@ -82,7 +86,8 @@ class Errors(NamedTuple):
 
 
 def train(model: PreTrainedModel, batches: list[int], *, collect: bool = True) -> Outcome:
-    """STEPS AdamW steps, each on the mean loss of `batches`. Only a collecting process keeps whole tensors."""
+    """STEPS AdamW steps on the mean loss of `batches`. Only a collecting process keeps whole tensors."""
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
     losses: dict[tuple[int, int], float] = {}
     logits: dict[int, Tensor] = {}
@@ -103,6 +108,7 @@ def train(model: PreTrainedModel, batches: list[int], *, collect: bool = True) -
         optimizer.step()
         optimizer.zero_grad()
     parameters = gathered(dict(model.named_parameters()), collect)
+    model.eval()
     with torch.no_grad():
         final = {batch: whole(forward(model, 0, batch).logits) for batch in batches}
     return Outcome(losses, logits, final, norm, gradients, parameters)
@@ -137,12 +143,12 @@ def gathered(tensors: dict[str, Tensor], collect: bool) -> dict[str, Tensor]:
 
 def oracle(folder: Path, batches: int, dtype: str = "float32") -> Outcome:
     """One process without expert parallelism."""
-    return train(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train(), list(range(batches)))
+    return train(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), list(range(batches)))
 
 
 def on_rank(folder: Path, layout: Layout) -> Outcome:
     """The same training on one of the ranks of `layout`; rank 0 returns whole gradients and parameters."""
-    model = load(folder, layout).train()
+    model = load(folder, layout)
     plans, calls = [], []
     for layer in adaptive_layers(model).values():
         layer.observers.append(lambda seen: plans.append(seen.plan))
@@ -176,7 +182,7 @@ meshes: dict[tuple[int, int, int], Any] = {}
 
 
 def shared_mesh(config: DistributedConfig) -> Any:
-    """Models of one layout share their meshes: a process group is never given back, and a rank holds only so many."""
+    """Models of one layout share their meshes: process groups are never given back, and a rank holds few."""
     key = (config.fsdp_size, config.ep_size, config.tp_size)
     if key not in meshes:
         meshes[key] = initialize_distributed_mesh(config)
@@ -218,7 +224,7 @@ def _worst(ours: dict[Any, Tensor], theirs: dict[Any, Tensor], *, measure: Any) 
 
 
 class Judge:
-    """Compares ranks with their oracle, made once for all cells that need it, and keeps each family's worst errors."""
+    """Compares ranks with their oracle, made once for all cells that need it; keeps each family's errors."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

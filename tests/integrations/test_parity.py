@@ -1,18 +1,18 @@
 """The parity matrix: every family, transport and planner on two and four ranks equals one process.
 
-`make test` takes two cells of each family that between them take every transport with every planner; the others are
-marked full. Their errors are printed by family at the end of the run (docs/models.md).
+`make test` takes two cells of each family that between them take every transport with every planner; the
+others are marked full. The errors are printed by family at the end of the run (docs/models.md).
 """
 
 from collections.abc import Iterator
 from itertools import product
 
 import pytest
+from tests.integrations.parity import Judge, Layout, on_rank
+from tests.integrations.toy_models import FAMILIES
 
 from anabranch.transport import TRANSPORTS
 from run_distributed import RankPool
-from tests.integrations.parity import Judge, Layout, on_rank
-from tests.integrations.toy_models import FAMILIES
 
 PLANNERS = ("static", "exact", "bounded")
 BOUND = 1e-5  # fp32; see parity.py on what is compared and how
