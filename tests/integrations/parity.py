@@ -7,9 +7,9 @@ micro-batch).
 
 An error is max|a - b| / max|b| over one tensor. AdamW divides by sqrt(v) + eps: an element's update changes
 by up to lr / eps per change of its gradient, so with the default eps (1e-8) the rounding of a gradient that
-is nearly zero becomes a whole step (measured: parameters 2e-4 apart). Both sides use eps 1e-5, a thousandth of
-a typical gradient here, which leaves every update a normalised one and holds parameters to the same bound as
-gradients.
+is nearly zero becomes a whole step (measured: parameters 2e-4 apart). Both sides use eps 1e-5, a thousandth
+of a typical gradient here, which leaves every update a normalised one and holds parameters to the same bound
+as gradients.
 """
 
 from functools import partial
