@@ -1,5 +1,6 @@
 """How a command ends when something is wrong: one line, an exit code, no traceback."""
 
+import time
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -16,6 +17,8 @@ T = TypeVar("T")
 FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
+# torchrun ends all ranks once one is gone: the others give rank 0 so long to say why.
+SPEAKER_S = 1.0
 
 
 class RankDiedError(RankError):
@@ -36,6 +39,8 @@ def fails_clearly(command: Callable[P, T]) -> Callable[P, T]:
             if speaks():
                 typer.secho("error", fg="red", bold=True, nl=False, err=True)
                 typer.echo(f" {' '.join(str(error).split())}", err=True)
+            else:
+                time.sleep(SPEAKER_S)
             raise typer.Exit(FAILED if isinstance(error, RankDiedError) else USER_ERROR) from None
         except (KeyboardInterrupt, SignalException):
             say("interrupted")

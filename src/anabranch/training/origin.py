@@ -83,9 +83,11 @@ class Origin:
             return None
         file = self.folder / "tokenizer.json"
         try:
-            json.loads(file.read_bytes())
+            # Looked at first: for what is no tokenizer at all, the library raises anything.
+            if "model" not in dict(json.loads(file.read_bytes())):
+                raise KeyError("model")
             tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, TypeError, OSError, KeyError) as error:
             raise CheckpointError(f"{file} is not a tokenizer: {error}", setting="model") from error
         if len(tokenizer) > self.vocab_size:
             raise CheckpointError(
