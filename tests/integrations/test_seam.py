@@ -66,7 +66,7 @@ class Recorder(ep.EPImplementation):
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
         self.local = {name: not isinstance(p, DTensor) for name, p in self.experts._parameters.items()}
-        self.shapes = (hidden_states.ndim, tuple(top_k_index.shape), tuple(top_k_weights.shape))
+        self.types = (hidden_states.dtype, top_k_index.dtype, top_k_weights.dtype)
         return hidden_states * top_k_weights.sum()
 
 
@@ -82,7 +82,8 @@ def record() -> dict[str, Any]:
     before = (experts.forward, experts.num_experts)
     plan = model._expand_parallel_plan(model.ep_plan)
     ep.apply_expert_parallelism(model, mesh, alone, plan, ep_implementation="recorder")
-    experts(torch.ones(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
+    rows, ids, weights = torch.ones(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2).double()
+    experts(rows, ids, weights)
     seen = experts.recorder
     return {
         "sharded_first": seen.sharded_first,
@@ -90,7 +91,7 @@ def record() -> dict[str, Any]:
         "own_forward": seen.experts_forward == before[0],
         "local_experts": (before[1], experts.num_experts),
         "local_parameters": seen.local,
-        "shapes": seen.shapes,
+        "types": seen.types,
         "meshes": (seen.ep_mesh is mesh, seen.tp_mesh is alone),
     }
 
@@ -110,7 +111,8 @@ def test_what_an_implementation_is_handed(ranks2: RankPool) -> None:
         assert seen["local_parameters"] == {"gate_up_proj": True, "down_proj": True}, (
             f"_parameters holds no local tensors during the call; {ADAPTIVE} reads them there"
         )
-        assert seen["shapes"] == (2, (3, 2), (3, 2)), "tokens come flattened, ids and weights (tokens, top_k)"
+        types = (torch.float32, torch.int64, torch.float64)
+        assert seen["types"] == types, "the order of tokens, expert ids and weights, or a cast on the way"
         assert seen["meshes"] == (True, True), "EPImplementation keeps ep_mesh and tp_mesh"
 
 
