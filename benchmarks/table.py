@@ -16,7 +16,8 @@ def balance_table(result: dict[str, Any], ranks: int) -> str:
     rows = [row for row in result["rows"] if row["ranks"] == ranks]
     found = {(row["workload"], row["policy"]): row for row in rows}
     lines = [
-        "| workload | max/mean | static (ours) | least_loaded | exact | **bounded** | ideal | bounded, % of ideal | guests |",
+        "| workload | max/mean | static (ours) | least_loaded | exact | **bounded** | ideal "
+        "| bounded, % of ideal | guests |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for workload in dict.fromkeys(row["workload"] for row in rows):
@@ -37,7 +38,9 @@ def planner_table(result: dict[str, Any]) -> str:
     found = {(r["ranks"], r["experts"], r["workload"], r["planner"]): r for r in result["rows"]}
     for ranks, experts, workload, planner in found:
         if planner == "exact":
-            exact, bounded = (found[ranks, experts, workload, p]["plan_us_median"] for p in ("exact", "bounded"))
+            exact, bounded = (
+                found[ranks, experts, workload, p]["plan_us_median"] for p in ("exact", "bounded")
+            )
             lines.append(f"| {ranks} | {experts} | {workload} | {exact:.0f} | {bounded:.0f} |")
     return "\n".join(lines)
 

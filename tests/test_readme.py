@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from run_distributed import RankPool
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from run_distributed import RankPool
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from run_distributed import RankPool
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from transformers import Qwen3MoeConfig
@@ -19,9 +18,12 @@ from anabranch.placement.base import Homes
 from anabranch.placement.policy import make_planner
 from anabranch.transport.choose import make_transport
 from anabranch.workload.routing import WORKLOADS, reachable_max_mean, routing_ids
+from run_distributed import RankPool
 
 EXPERTS, TOP_K, TOKENS, HIDDEN, WIDTH = 8, 2, 64, 32, 48
-DATA_DEPENDENT = re.compile(r"\b(arg)?sort\b|\bnonzero\b|\bmasked_select\b|\bunique|\bitem\b|\btolist\b|\bbincount\b")
+DATA_DEPENDENT = re.compile(
+    r"\b(arg)?sort\b|\bnonzero\b|\bmasked_select\b|\bunique|\bitem\b|\btolist\b|\bbincount\b"
+)
 
 
 def _layer(dtype: torch.dtype) -> tuple[AdaptiveExperts, list[nn.Parameter]]:
@@ -47,13 +49,18 @@ def _layer(dtype: torch.dtype) -> tuple[AdaptiveExperts, list[nn.Parameter]]:
 def _routing(index: int) -> torch.Tensor:
     """This rank's ids of routing `index`; the ragged workload's batches are brought to the fixed size."""
     code = list(WORKLOADS)[index % len(WORKLOADS)]
-    sizes: dict[str, Any] = dict(ranks=2, experts=EXPERTS, tokens=TOKENS, top_k=TOP_K, step=index, seed=index)
+    sizes: dict[str, Any] = {"ranks": 2, "experts": EXPERTS, "tokens": TOKENS, "top_k": TOP_K} | {
+        "step": index,
+        "seed": index,
+    }
     low, high = reachable_max_mean(code, **sizes)
     ids = routing_ids(code, **sizes, max_mean=min(max(1.4, low), high))[dist.get_rank()]
     return torch.from_numpy(np.resize(ids, (TOKENS, TOP_K)))
 
 
-def _run(step: Any, layer: AdaptiveExperts, home: list[nn.Parameter], ids: torch.Tensor, seed: int) -> list[torch.Tensor]:
+def _run(
+    step: Any, layer: AdaptiveExperts, home: list[nn.Parameter], ids: torch.Tensor, seed: int
+) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(2 * seed + dist.get_rank())
     x = torch.randn(TOKENS, HIDDEN, generator=draw).to(home[0].dtype).requires_grad_()
     weights = torch.rand(TOKENS, TOP_K, generator=draw).to(home[0].dtype).requires_grad_()

@@ -54,7 +54,7 @@ class BalanceBench:
 
     @property
     def clock(self) -> str:
-        """"wall" where every rank has a core, else "cpu": CPU time of the busiest rank."""
+        """ "wall" where every rank has a core, else "cpu": CPU time of the busiest rank."""
         return "wall" if self.ranks <= (os.cpu_count() or 1) else "cpu"
 
 
@@ -143,7 +143,7 @@ def _ours(layer: AdaptiveExperts, module: nn.Module, names: list[str], *, even: 
 
 
 def _cases(bench: BalanceBench) -> list[Case]:
-    sizes = dict(ranks=bench.ranks, experts=bench.experts, tokens=bench.tokens, top_k=bench.top_k)
+    sizes = {"ranks": bench.ranks, "experts": bench.experts, "tokens": bench.tokens, "top_k": bench.top_k}
     even = routing_ids("W0", **sizes, max_mean=1.0, seed=1)
     cases = []
     for code, workload in WORKLOADS.items():
