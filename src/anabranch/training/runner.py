@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -127,13 +128,16 @@ def _from_folder(config: RunConfig, folder: Path, setting: str) -> PreTrainedMod
         fsdp_mixed_precision=config.dtype == "bfloat16",
     )
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            distributed_config=sharding if config.ranks > 1 else None,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # and refuse them below, by name
-        )
+        with warnings.catch_warnings():
+            # Weights that the folder lacks are initialised, with a warning; they are refused below.
+            warnings.filterwarnings("ignore", "DTensor random operators")
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                distributed_config=sharding if config.ranks > 1 else None,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be read: {error}", setting=setting) from error
     model, found = loaded
@@ -182,14 +186,16 @@ def _train(
         )
         trainer.remove_callback(PrinterCallback)  # the run's own display shows the logs
         closers.callback(trace.save)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # A run that died after its last step: the Trainer would take another one.
+        if checkpoint is None or step_of(checkpoint) < config.steps:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         eval_loss = recorder.eval_loss
         if eval_loss is None and not stop.stopped:
             eval_loss = float(trainer.evaluate()["eval_loss"])
     if not stop.stopped:
         trainer.save_model(str(folder.model))
     summary = summarise(
-        recorder.records, config.experts.planner, trainer.state.global_step, stop.stopped, eval_loss
+        recorder.records, planner=config.experts.planner, stopped_early=stop.stopped, eval_loss=eval_loss
     )
     if is_first():
         write_json(folder.summary, summary.to_dict())

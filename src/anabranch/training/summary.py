@@ -48,7 +48,7 @@ class RunSummary:
 
 
 def summarise(
-    records: Sequence[StepRecord], planner: str, steps: int, stopped_early: bool, eval_loss: float | None
+    records: Sequence[StepRecord], *, planner: str, stopped_early: bool, eval_loss: float | None
 ) -> RunSummary:
     """records: all of the run, at least one."""
     steady = records[WARM_UP:] or records
@@ -61,7 +61,7 @@ def summarise(
 
     return RunSummary(
         planner=planner,
-        steps=steps,
+        steps=records[-1].step,
         stopped_early=stopped_early,
         first_loss=records[0].loss,
         last_loss=records[-1].loss,
