@@ -1,0 +1,165 @@
+"""`AdaptiveCallback` in a plain `transformers.Trainer`, on two ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+import anabranch
+from anabranch.integrations.callback import AdaptiveCallback, LayerWatch, decoder_layer
+from anabranch.integrations.transformers import adaptive_layers
+from anabranch.placement.base import max_over_mean
+from anabranch.training.origin import find_origin
+
+FIGURES = (
+    "max_mean_before", "max_mean_after", "guests", "token_bytes", "weight_bytes", "plan_ms", "step_ms", "joules",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(toy_model, tmp_path_factory):
+    """The toy model with eight experts and initial weights, its second layer dense."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    origin = find_origin(str(toy_model), None)
+    origin.config.num_experts = 8
+    origin.config.num_hidden_layers = 3
+    origin.config.mlp_only_layers = [1]
+    origin.write_initial(folder, seed=0)
+    return folder
+
+
+class Follows(TrainerCallback):
+    """A reporter that comes after the callback, and a spy on the model's own layers."""
+
+    def __init__(self):
+        self.logs = []
+        self.seen = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for layer in adaptive_layers(kwargs["model"]).values():
+            layer.observers.append(self.seen.append)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.seen.clear()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def trainer_of(checkpoint, out, callbacks, **changes):
+    anabranch.enable(**{"planner": "bounded", "epsilon": 0.0, "slots": 2} | changes)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        distributed_config=DistributedConfig(fsdp_size=2, ep_size=2, ep_implementation="anabranch"),
+    )
+    ids = torch.randint(0, 320, (16, 24), generator=torch.Generator().manual_seed(7))
+    args = TrainingArguments(
+        output_dir=str(out), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+        log_level="error", dataloader_pin_memory=False,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    return Trainer(model=model, args=args, train_dataset=rows, callbacks=callbacks)
+
+
+def train_twice(checkpoint, out):
+    """The logs of both trainings, and what the ranks' layers saw in the last step."""
+    balance, follows = AdaptiveCallback(), Follows()
+    trainer = trainer_of(checkpoint, out, [balance, follows])
+    trainer.train()
+    # A second training watches each layer once: else every figure but the ratios would double.
+    trainer.train()
+    last, seen = balance.last, follows.seen[::2]  # the spy was hung up twice
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    observers = [len(layer.observers) for layer in adaptive_layers(trainer.model).values()]
+    ours = [(o.plan.home_rows_R, o.plan.rows_R, o.plan.guests, o.token_bytes, o.weight_bytes) for o in seen]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, ours)
+    return follows.logs, history, last, observers, everyone
+
+
+@pytest.fixture(scope="module")
+def trained(ranks2, checkpoint, tmp_path_factory):
+    return ranks2.run(train_twice, checkpoint, tmp_path_factory.mktemp("out"))
+
+
+def test_logs_hold_the_figures_for_later_callbacks_and_in_the_history(trained):
+    for logs, history, *_ in trained:
+        stepped = [entry for entry in logs if "loss" in entry]
+        assert len(stepped) == 4  # two trainings of two steps
+        assert len(history) == 2  # of the second one
+        for entry in (*stepped, *history):
+            assert {f"balance/{name}" for name in FIGURES} <= entry.keys()
+            assert entry["balance/step_ms"] > 0
+            assert 1 <= entry["balance/max_mean_after"] <= entry["balance/max_mean_before"]
+
+
+def test_the_figures_are_sums_over_ranks_layers_and_micro_batches(trained):
+    _, _, last, _, everyone = trained[0]
+    assert len(everyone[0]) == 4  # two adaptive layers, two micro-batches
+    plans = everyone[0]
+    assert last.max_mean_before == pytest.approx(sum(max_over_mean(rows) for rows, *_ in plans) / 4)
+    assert last.max_mean_after == pytest.approx(sum(max_over_mean(rows) for _, rows, *_ in plans) / 4)
+    assert last.guests == sum(guests for _, _, guests, *_ in plans) > 0
+    for place, name in ((3, "token_bytes"), (4, "weight_bytes")):
+        assert getattr(last, name) == sum(call[place] for rank in everyone for call in rank) > 0
+    assert last.joules > 0
+
+
+def test_layers_are_numbered_as_in_the_model_dense_ones_counted(trained):
+    assert [layer.layer for layer in trained[0][2].layers] == [0, 2]
+    # 2 sequences of 24 tokens a micro-batch, 2 experts a token: 96 rows a rank, twice.
+    assert [layer.rows_mean for layer in trained[0][2].layers] == [192, 192]
+    assert all(layer.fits for layer in trained[0][2].layers)
+
+
+def test_a_second_training_does_not_watch_twice(trained):
+    for _, _, _, observers, _ in trained:
+        assert observers == [2, 2]  # the spy's, which it left in both trainings
+
+
+def warn_of_slots(checkpoint, out):
+    """The first rank's four experts get all rows; one guest takes a quarter of them, half is needed."""
+    balance = AdaptiveCallback()
+    trainer = trainer_of(checkpoint, out, [balance], slots=1)
+    for layer in trainer.model.model.layers:
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.register_forward_hook(_all_to_the_first_rank)
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anabranch.integrations.callback.warnings.warn", lambda text, **_: told.append(text))
+        trainer.train()
+    return told, [layer.fits for layer in balance.last.layers]
+
+
+def _all_to_the_first_rank(module, inputs, outputs):
+    logits, weights, ids = outputs
+    return logits, weights, (torch.arange(ids.numel()) % 4).view_as(ids)
+
+
+def test_slots_too_few_are_told_once_on_rank_0(ranks2, checkpoint, tmp_path):
+    first, other = ranks2.run(warn_of_slots, checkpoint, tmp_path)
+    text = "anabranch: slots are too few to bring every rank under the cap; raise slots, or epsilon"
+    assert first == ([text], [False, False])
+    assert other == ([], [False, False])
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("model.layers.3.mlp.experts", 3),
+        ("model.layers.12.block_sparse_moe.experts", 12),
+        ("backbone.layers.1.mixer.experts", 1),
+        ("experts", 0),
+    ],
+)
+def test_the_layer_is_the_first_number_of_the_name(name, number):
+    assert decoder_layer(name) == number
+
+
+def test_a_watch_lets_go_of_what_it_held():
+    watch = LayerWatch()
+    watch.attach(torch.nn.Linear(1, 1))
+    watch.detach()
+    assert watch.seen == []
