@@ -46,7 +46,7 @@ def balance(
     json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option(help="a narrower layer and fewer rounds: under 3 minutes")] = False,
     ranks: Annotated[list[int] | None, typer.Option(min=2, help="group sizes [default: 2 and 4]")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="measured rounds per policy")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="measured rounds per policy")] = 5,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     transport: Annotated[str, typer.Option(help="of our policies")] = "auto",
     max_mean: Annotated[float, typer.Option(min=1.0, help="rank max/mean of the stress workloads")] = 1.5,
