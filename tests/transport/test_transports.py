@@ -145,7 +145,7 @@ def test_all_rows_to_one_expert(name: str, seed: int, ranks4: RankPool) -> None:
 
 
 def test_a_token_travels_once_to_a_rank(ranks2: RankPool) -> None:
-    """Two ranks, every expert a token: all_to_all sends a row for each expert elsewhere, dedup one row a token."""
+    """Two ranks, every expert a token: all_to_all sends a row for each expert elsewhere, dedup one a token."""
     ids = [np.tile(np.arange(4), (s, 1)) for s in (5, 3)]
     quota_RE = np.array([[8, 8, 0, 0], [0, 0, 8, 8]])
     made = Case(ids, quota_RE, 4)
