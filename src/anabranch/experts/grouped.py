@@ -9,7 +9,7 @@ Shape suffixes: N rows, J slots, D hidden size, F expert width, I and O input an
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,10 @@ class SortedForward:
     """Two grouped matrix products around the module's own gate. Traceable; no sort, no host synchronisation."""
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
-        self.module = module
+        self.module: Any = module  # its flags and gate are set by transformers' decorator
         self.names = tuple(names)
 
-    def __call__(
-        self, weights: Sequence[Tensor], rows_ND: Tensor, ends_J: Tensor, slot_N: Tensor
-    ) -> Tensor:
+    def __call__(self, weights: Sequence[Tensor], rows_ND: Tensor, ends_J: Tensor, slot_N: Tensor) -> Tensor:
         module, named = self.module, dict(zip(self.names, weights, strict=True))
         up = "gate_up_proj" if module.has_gate else "up_proj"
         h_NF = self._linear(named, up, rows_ND, ends_J, slot_N)
@@ -54,13 +52,11 @@ class OwnForward:
     """The module's own forward, called as top-1 with unit weights on a module that holds J experts for the call."""
 
     def __init__(self, module: nn.Module, names: Sequence[str], forward: Callable[..., Tensor]) -> None:
-        self.module = module
+        self.module: Any = module
         self.names = tuple(names)
         self.forward = forward
 
-    def __call__(
-        self, weights: Sequence[Tensor], rows_ND: Tensor, ends_J: Tensor, slot_N: Tensor
-    ) -> Tensor:
+    def __call__(self, weights: Sequence[Tensor], rows_ND: Tensor, ends_J: Tensor, slot_N: Tensor) -> Tensor:
         with self._holding(weights, ends_J.shape[0]):
             return self.forward(rows_ND, slot_N.unsqueeze(-1), rows_ND.new_ones((rows_ND.shape[0], 1)))
 
@@ -78,7 +74,9 @@ class OwnForward:
             module.num_experts = experts
 
 
-def experts_forward(module: nn.Module, names: Sequence[str], forward: Callable[..., Tensor]) -> ExpertsForward:
+def experts_forward(
+    module: nn.Module, names: Sequence[str], forward: Callable[..., Tensor]
+) -> ExpertsForward:
     """`SortedForward` where the module follows transformers' experts interface and runs `grouped_mm`; else its own."""
     implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
     follows = all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
@@ -122,11 +120,11 @@ def _(grad_NO: Tensor, x_NI: Tensor, weight_JIO: Tensor, ends_J: Tensor) -> tupl
     return torch.empty_like(x_NI), weight_JIO.new_empty(weight_JIO.shape)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad_NO: Tensor):
+def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, Tensor, None]:
     x_NI, weight_JIO, ends_J = ctx.saved_tensors
     grad_x, grad_weight = torch.ops.anabranch.grouped_mm_backward(
         grad_NO.contiguous(), x_NI, weight_JIO, ends_J

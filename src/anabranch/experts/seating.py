@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from anabranch.errors import PlanError
-from anabranch.placement.guests import guest_experts
 from anabranch.placement.base import Homes, IntArray, Plan
+from anabranch.placement.guests import guest_experts
 from anabranch.transport.base import Seats
 
 

@@ -76,6 +76,7 @@ def _stand_in(experts: FSDPModule, parameter: Tensor) -> Tensor:
 
 def _give_empty_gradients(experts: FSDPModule) -> None:
     for group in experts._get_fsdp_state()._fsdp_param_groups:
-        for parameter in (share.sharded_param for share in group.fsdp_params):
+        for share in group.fsdp_params:
+            parameter: Any = share.sharded_param
             if parameter.grad is None and parameter.requires_grad and parameter._local_tensor.numel() == 0:
                 parameter.grad = torch.zeros_like(parameter)

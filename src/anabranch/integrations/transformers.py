@@ -65,7 +65,7 @@ class AdaptiveEP(EPImplementation):
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
-        self.experts = experts
+        self.experts: Any = experts
         self.names = [
             n for n, p in experts.named_parameters(recurse=False) if isinstance(p, DTensor) and p.ndim > 0
         ]
@@ -75,7 +75,7 @@ class AdaptiveEP(EPImplementation):
                 setting="ep_plan",
             )
         self.group = ep_mesh.get_group()
-        self.homes = Homes.contiguous(experts._parameters[self.names[0]].shape[0], ep_mesh.size())
+        self.homes = Homes.contiguous(self.experts._parameters[self.names[0]].shape[0], ep_mesh.size())
         self.forward = experts_forward(experts, self.names, self.experts_forward)
         self.layer: AdaptiveExperts | None = None
         self.observers: list[Callable[[Observation], None]] = []
@@ -137,7 +137,7 @@ def _check_agreement(settings: AdaptiveSettings, group: Any, device_type: str) -
 class UnevenExpertShard(MoEParamShard):
     """`grouped_gemm` without the demand that experts divide evenly: the last ranks' slots stay empty."""
 
-    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+    def shard_param(self, module: Any, param: str, mesh: DeviceMesh) -> None:
         whole = module._parameters.get(param)
         if whole is None:
             return
@@ -152,7 +152,8 @@ def register(settings: AdaptiveSettings) -> None:
     """Make `ep_implementation="anabranch"` mean these settings, for models loaded from now on."""
     implementation = type("AnabranchEP", (AdaptiveEP,), {"settings": settings})
     EPImplementationInterface.register(NAME, implementation)
-    ALL_PARALLEL_STYLES.register("grouped_gemm", UnevenExpertShard(Shard(0), shards_expert_dim=True))
+    style: Any = UnevenExpertShard(Shard(0), shards_expert_dim=True)  # annotated as a function there
+    ALL_PARALLEL_STYLES.register("grouped_gemm", style)
     load_empty_shares()
 
 

@@ -35,7 +35,9 @@ class AllToAll(Transport):
         ranks = np.arange(self.ranks)
         send_by_expert_RE = send_RE(plan, self.rank)
         # A source hands its rows of an expert to the destinations in rank order.
-        first_RE = starts(plan.counts_RE[self.rank]) + np.cumsum(send_by_expert_RE, axis=0) - send_by_expert_RE
+        first_RE = (
+            starts(plan.counts_RE[self.rank]) + np.cumsum(send_by_expert_RE, axis=0) - send_by_expert_RE
+        )
         send_RJ = seats.per_slot(send_by_expert_RE, ranks)
         start_RJ = seats.per_slot(first_RE, ranks)
         order_P = expert_order(ids_SK.reshape(-1))[segment_index(start_RJ.ravel(), send_RJ.ravel(), device)]
@@ -45,7 +47,12 @@ class AllToAll(Transport):
         by_slot_N = segment_index(arrived_SJ.T.ravel(), recv_SJ.T.ravel(), device)
         send_R, recv_R = send_RJ.sum(axis=1), recv_SJ.sum(axis=1)
         tables = _Tables(
-            order_P, inverse_order(order_P), by_slot_N, inverse_order(by_slot_N), send_R.tolist(), recv_R.tolist()
+            order_P,
+            inverse_order(order_P),
+            by_slot_N,
+            inverse_order(by_slot_N),
+            send_R.tolist(),
+            recv_R.tolist(),
         )
         away = int(send_R.sum() - send_R[self.rank])
         returned = int(recv_R.sum() - recv_R[self.rank])

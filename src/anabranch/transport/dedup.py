@@ -56,7 +56,9 @@ class Dedup(Transport):
         """Rank and slot that compute each (token, k) pair."""
         device = ids_SK.device
         send_by_expert_RE = send_RE(plan, self.rank)
-        first_RE = starts(plan.counts_RE[self.rank]) + np.cumsum(send_by_expert_RE, axis=0) - send_by_expert_RE
+        first_RE = (
+            starts(plan.counts_RE[self.rank]) + np.cumsum(send_by_expert_RE, axis=0) - send_by_expert_RE
+        )
         ranks = np.arange(self.ranks)
         send_RJ, start_RJ = (seats.per_slot(a, ranks) for a in (send_by_expert_RE, first_RE))
         place_P = segment_index(start_RJ.ravel(), send_RJ.ravel(), device)
@@ -78,4 +80,6 @@ class Dedup(Transport):
         t: _Tables = route.tables
         sums_UD = fan_in(y_ND, weight_N, t.token_N, sum(t.recv_R))
         back_VD = exchange_rows(sums_UD, t.recv_R, t.send_R, self.group)
-        return fan_in(back_VD, torch.ones_like(t.token_V, dtype=back_VD.dtype), t.token_V, weights_SK.shape[0])
+        return fan_in(
+            back_VD, torch.ones_like(t.token_V, dtype=back_VD.dtype), t.token_V, weights_SK.shape[0]
+        )
