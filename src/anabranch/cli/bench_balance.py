@@ -100,7 +100,7 @@ def _experts(bench: BalanceBench, ep_mesh: DeviceMesh) -> nn.Module:
     )
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
-        module = Qwen3MoeExperts(config)
+        module: Any = Qwen3MoeExperts(config)  # attributes of its own, which nn.Module's typing does not know
     module.num_experts = Homes.contiguous(bench.experts, ep_mesh.size()).slots
     module._is_expert_parallel = True
     for name, whole in list(module.named_parameters(recurse=False)):
@@ -136,7 +136,7 @@ def _policies(bench: BalanceBench, module: nn.Module, mesh: DeviceMesh) -> dict[
 
 def _ours(layer: AdaptiveExperts, module: nn.Module, names: list[str], *, even: bool) -> Step:
     def step(case: Case) -> Tensor:
-        home = [module._parameters[n] for n in names]
+        home = [module.get_parameter(n) for n in names]
         return layer(home, case.x_SD, case.even_ids_SK if even else case.ids_SK, case.weights_SK)
 
     return step
