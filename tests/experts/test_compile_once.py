@@ -66,7 +66,7 @@ def _run(
     weights = torch.rand(TOKENS, TOP_K, generator=draw).to(home[0].dtype).requires_grad_()
     for p in home:
         p.grad = None
-    y = step(home, x, weights, layer.prepare(*layer._plan(ids)))
+    y = step(home, x, weights, layer.prepare(layer._plan(ids), ids))
     y.float().square().sum().backward()
     return [t.detach() for t in (y, x.grad, weights.grad, *(p.grad for p in home)) if t is not None]
 
@@ -84,7 +84,7 @@ def _compiles_once(dtype_name: str, backend_name: str, routings: int) -> dict[st
     worst, guests = 0.0, 0
     for index in range(routings):
         ids = _routing(index)
-        guests += layer._plan(ids).plan.guests
+        guests += layer._plan(ids).guests
         for ours, eager in zip(
             _run(compiled, layer, home, ids, index), _run(layer.run, layer, home, ids, index), strict=True
         ):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anabranch.experts.grouped import ExpertsForward
 from anabranch.experts.guests import lend, tie
-from anabranch.experts.memory import PlanMemory, Remembered, recomputing
+from anabranch.experts.memory import PlanMemory, recomputing
 from anabranch.experts.seating import GuestTable, guest_table, seat
 from anabranch.placement.base import Homes, Plan, Planner
 from anabranch.transport.base import Route, Slots, Traffic, Transport
@@ -22,7 +22,8 @@ from anabranch.transport.collectives import gather_counts
 
 
 class Observation(NamedTuple):
-    """What one forward call did, as seen by one rank. Bytes are those this rank sends in forward and backward."""
+    """What one forward call did, as seen by one rank. Bytes are those this rank sends in forward and backward;
+    plan_ms is the planner's own time, without waiting for other ranks' counts."""
 
     plan: Plan
     ids_SK: Tensor
@@ -43,7 +44,7 @@ class AdaptiveExperts:
     """A layer's experts, spread over a group, with guests where the load asks for them.
 
     One call:
-    1. every rank counts its rows per expert; the counts are all-gathered (R * E int32, the one host sync);
+    1. every rank counts its rows per expert; the counts are all-gathered (R * E int32) and read on the host;
     2. every rank computes the same plan; under activation checkpointing the first pass's plan is reused;
     3. the transport decides which row goes where (integers only);
     4. weights of guests are lent, where the plan has any;
@@ -52,7 +53,8 @@ class AdaptiveExperts:
 
     Allocated beyond the rows themselves: the guests' weights and their packed send and receive buffers. Home
     parameters are never copied by a transport of exact sizes (homes and guests are two grouped calls); a
-    fixed-size transport copies them once per forward, into the [homes | guests] operand of its single call.
+    fixed-size transport copies them once per forward, into the [homes | guests] operand of its single call, and
+    autograd keeps that operand until backward.
     """
 
     def __init__(
@@ -73,29 +75,34 @@ class AdaptiveExperts:
         self.forward = forward
         self.memory = PlanMemory()
         self.observers: list[Callable[[Observation], None]] = []
+        self._plan_ms = 0.0
 
     def __call__(self, home: Sequence[Tensor], x_SD: Tensor, ids_SK: Tensor, weights_SK: Tensor) -> Tensor:
         """(S, D): the weighted sum of each token's experts.
 
         home: this rank's expert parameters, each (experts at home, ...). ids_SK: global expert ids.
         """
-        started = time.perf_counter()
         again = recomputing()
-        plan, ids_SK = (self.memory.recall(ids_SK) if again else None) or self._plan(ids_SK)
+        plan = None
+        if again and (remembered := self.memory.recall(ids_SK)) is not None:
+            plan, ids_SK = remembered.plan, remembered.ids_SK
+        plan = plan or self._plan(ids_SK)
         if not again:
             self.memory.remember(plan, ids_SK)
         prepared = self.prepare(plan, ids_SK)
-        plan_ms = 1e3 * (time.perf_counter() - started)
         y_SD = self.run(home, x_SD, weights_SK, prepared)
         if not again and self.observers:
             traffic = prepared.route.traffic(x_SD.shape[1] * x_SD.element_size())
-            self._observe(plan, ids_SK, traffic, prepared.table, home, plan_ms)
+            self._observe(plan, ids_SK, traffic, prepared.table, home)
         return y_SD
 
-    def _plan(self, ids_SK: Tensor) -> Remembered:
+    def _plan(self, ids_SK: Tensor) -> Plan:
         counts_E = torch.bincount(ids_SK.reshape(-1), minlength=self.homes.experts)
         counts_RE = gather_counts(counts_E, self.group).numpy().astype("int64")
-        return Remembered(self.planner.plan(counts_RE, self.homes), ids_SK)
+        started_s = time.perf_counter()
+        plan = self.planner.plan(counts_RE, self.homes)
+        self._plan_ms = 1e3 * (time.perf_counter() - started_s)
+        return plan
 
     def prepare(self, plan: Plan, ids_SK: Tensor) -> Prepared:
         """Turn a plan into the integer tables of one call. Collective."""
@@ -130,6 +137,12 @@ class AdaptiveExperts:
             # A rank with fewer guests than the fullest has no weights for its empty slots; those come last.
             guest_ends = slots.ends_J[first : first + guests[0].shape[0]] - n
             parts.append(self.forward(guests, guest_rows, guest_ends, slots.slot_N[n:] - first))
+        if not parts and own > 0:
+            # Nothing to compute, but the model's code may hold parameters of its own beside the experts' (a norm
+            # after them), whose gradients are reduced over all ranks: it runs on a row that nobody reads.
+            nothing = rows_ND.new_zeros((1, rows_ND.shape[1]))
+            ends_J, slot_N = slots.ends_J[:own] * 0 + 1, slots.ends_J.new_zeros(1, dtype=torch.int64)
+            parts.append(torch.cat([rows_ND, self.forward(home, nothing, ends_J, slot_N)[:0]]))
         y_ND = torch.cat(parts) if len(parts) == 2 else parts[0] if parts else rows_ND
         return tie(y_ND, home + guests, [n == 0] * len(home) + [False] * len(guests))
 
@@ -151,12 +164,11 @@ class AdaptiveExperts:
         traffic: Traffic,
         table: GuestTable,
         home: Sequence[Tensor],
-        plan_ms: float,
     ) -> None:
         expert_bytes = sum(torch.Size(p.shape[1:]).numel() * p.element_size() for p in home)
-        moved = table.sent_experts + sum(table.recv_R)  # lent in forward, returned as gradients in backward
-        seen = Observation(
-            plan, ids_SK, 2 * (traffic.dispatch_bytes + traffic.combine_bytes), moved * expert_bytes, plan_ms
-        )
+        token_bytes = 2 * (traffic.dispatch_bytes + traffic.combine_bytes)
+        # Lent in forward, returned as gradients in backward.
+        weight_bytes = table.experts_across(self.rank) * expert_bytes
+        seen = Observation(plan, ids_SK, token_bytes, weight_bytes, self._plan_ms)
         for observer in self.observers:
             observer(seen)

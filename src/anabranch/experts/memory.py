@@ -20,6 +20,11 @@ class Remembered(NamedTuple):
 
     plan: Plan
     ids_SK: Tensor
+    without_grad: bool = False
+
+    def fits(self, ids_SK: Tensor) -> Tensor:
+        """bool (): whether at most one choice in eight differs, as near ties may."""
+        return (self.ids_SK != ids_SK).sum() <= ids_SK.numel() // 8 + 1
 
 
 def recomputing() -> bool:
@@ -39,21 +44,24 @@ class PlanMemory:
         self._entries: deque[Remembered] = deque(maxlen=depth)
 
     def remember(self, plan: Plan, ids_SK: Tensor) -> None:
-        self._entries.append(Remembered(plan, ids_SK))
+        self._entries.append(Remembered(plan, ids_SK, not torch.is_grad_enabled()))
 
     def recall(self, ids_SK: Tensor) -> Remembered | None:
         """The latest entry, removed. None where the forward pass lies too far back: the caller plans anew,
         which every rank does alike.
 
-        ids_SK: the recomputed choice of experts. Raises PlanError where the latest forward pass had another number
-        of tokens; fails (on accelerators without waiting for the device) where more than one choice in eight differs,
-        so never by a few near ties: then backward did not come to the latest forward pass first.
+        ids_SK: the recomputed choice of experts. A forward pass without gradients may be an evaluation between
+        forward and backward (or the first pass of a reentrant checkpoint): it is passed over where it does not fit.
+        Otherwise raises PlanError where the latest pass had another number of tokens, and fails (on accelerators
+        without waiting for the device) where it does not fit: backward did not come to the latest pass first.
         """
-        if not self._entries:
-            return None
-        latest = self._entries.pop()
-        if latest.ids_SK.shape != ids_SK.shape:
-            raise PlanError(OUT_OF_ORDER, setting="activation_checkpointing")
-        differ = (latest.ids_SK != ids_SK).sum()
-        torch._assert_async(differ <= ids_SK.numel() // 8 + 1, f"activation_checkpointing: {OUT_OF_ORDER}")
-        return latest
+        while self._entries:
+            latest = self._entries.pop()
+            same_shape = latest.ids_SK.shape == ids_SK.shape
+            if latest.without_grad and not (same_shape and bool(latest.fits(ids_SK))):
+                continue
+            if not same_shape:
+                raise PlanError(OUT_OF_ORDER, setting="activation_checkpointing")
+            torch._assert_async(latest.fits(ids_SK), f"activation_checkpointing: {OUT_OF_ORDER}")
+            return latest
+        return None

@@ -33,9 +33,9 @@ class GuestTable(NamedTuple):
     place_G: Tensor
     copies: int
 
-    @property
-    def sent_experts(self) -> int:
-        return sum(self.send_R)
+    def experts_across(self, rank: int) -> int:
+        """Experts `rank` sends to other ranks, in forward and, as gradients, in backward."""
+        return sum(self.send_R) - self.send_R[rank] + sum(self.recv_R) - self.recv_R[rank]
 
 
 def home_table(homes: Homes) -> IntArray:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from transformers.distributed.expert_parallel import (
     EPImplementation,
     EPImplementationInterface,
+    EpDispatchExpertsParallel,
     MoEParamShard,
 )
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
@@ -148,12 +149,31 @@ class UnevenExpertShard(MoEParamShard):
         module._parameters[param] = nn.Parameter(shares, requires_grad=whole.requires_grad)
 
 
+class EvenlyUnlessAdaptive(EpDispatchExpertsParallel):
+    """`ep_dispatch_experts` that keeps transformers' demand for even experts where another implementation runs."""
+
+    def install_forward(
+        self, module: Any, ep_mesh: DeviceMesh, *, tp_mesh: DeviceMesh, ep_implementation: str = "auto"
+    ) -> Any:
+        sharded = next((p for p in module.parameters(recurse=False) if isinstance(p, DTensor)), None)
+        if ep_implementation != NAME and sharded is not None and sharded.shape[0] % ep_mesh.size():
+            raise ValueError(
+                f"Cannot evenly shard {sharded.shape[0]} experts across {ep_mesh.size()} expert-parallel ranks: "
+                f"use ep_implementation={NAME!r}, or an ep_size that divides them."
+            )
+        return super().install_forward(
+            module, ep_mesh, tp_mesh=tp_mesh, ep_implementation=ep_implementation
+        )
+
+
 def register(settings: AdaptiveSettings) -> None:
     """Make `ep_implementation="anabranch"` mean these settings, for models loaded from now on."""
     implementation = type("AnabranchEP", (AdaptiveEP,), {"settings": settings})
     EPImplementationInterface.register(NAME, implementation)
     style: Any = UnevenExpertShard(Shard(0), shards_expert_dim=True)  # annotated as a function there
     ALL_PARALLEL_STYLES.register("grouped_gemm", style)
+    dispatch: Any = EvenlyUnlessAdaptive()
+    ALL_PARALLEL_STYLES.register("ep_dispatch_experts", dispatch)
     load_empty_shares()
 
 
