@@ -1,5 +1,7 @@
 """`AdaptiveCallback` in a plain `transformers.Trainer`, on two ranks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +9,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.distributed import DistributedConfig
 
 import anabranch
+from anabranch.errors import ConfigError
 from anabranch.integrations.callback import AdaptiveCallback, LayerWatch, decoder_layer
 from anabranch.integrations.transformers import adaptive_layers
 from anabranch.placement.base import max_over_mean
@@ -163,3 +166,18 @@ def test_a_watch_lets_go_of_what_it_held():
     watch.attach(torch.nn.Linear(1, 1))
     watch.detach()
     assert watch.seen == []
+
+
+def begin_unaware(model):
+    """The Trainer's arguments as they are on CPUs without use_cpu: one process, no data of its own."""
+    try:
+        AdaptiveCallback().on_train_begin(SimpleNamespace(world_size=1), None, None, model=model)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def test_a_trainer_that_would_give_all_ranks_the_same_data_is_refused(ranks2):
+    told = ranks2.run(begin_unaware, torch.nn.Linear(1, 1))
+    assert all(text.startswith("use_cpu: the Trainer knows of one rank, there are 2") for text in told)
+    assert begin_unaware(torch.nn.Linear(1, 1)) is None

@@ -21,23 +21,23 @@ from anabranch.errors import AnabranchError
 
 def main(job_file: Path) -> int:
     """Run the job; rank 0's result and the first user error of each rank go to the job's folder."""
-    request = json.loads(job_file.read_text())
     folder, rank = job_file.parent, int(os.environ["RANK"])
-    sys.excepthook = _Crash(folder, rank)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an interruption, as SIGINT is one
-    threading.Thread(target=_end_with, args=(request["launcher"], folder), daemon=True).start()
-    try:
-        result = import_module("anabranch.cli.jobs").carry_out(request["job"], request["settings"])
-    except AnabranchError as error:
-        (folder / f"error-{rank:04d}.json").write_text(json.dumps({"message": str(error)}))
-        return 2
-    if rank == 0:
-        (folder / "result.json").write_text(json.dumps(result))
+    with _LastWords(folder, rank):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # an interruption, as SIGINT is one
+        request = json.loads(job_file.read_text())
+        threading.Thread(target=_end_with, args=(request["launcher"], folder), daemon=True).start()
+        try:
+            result = import_module("anabranch.cli.jobs").carry_out(request["job"], request["settings"])
+        except AnabranchError as error:
+            (folder / f"error-{rank:04d}.json").write_text(json.dumps({"message": str(error)}))
+            return 2
+        if rank == 0:
+            (folder / "result.json").write_text(json.dumps(result))
     return 0
 
 
-class _Crash:
-    """What a rank does with an exception nobody expected: leave it to the launcher, and end at once.
+class _LastWords:
+    """Leaves an exception that nobody expected to the launcher, and ends the process at once.
 
     At once, because tearing down a group that lost a rank may wait for it.
     """
@@ -46,8 +46,17 @@ class _Crash:
         self.folder = folder
         self.rank = rank
 
-    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, KeyboardInterrupt):
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):  # the agent ends the ranks that are left
+            signal.signal(number, signal.SIG_IGN)
+        if isinstance(error, KeyboardInterrupt):
             os._exit(130)
         crash = {
             "rank": self.rank,

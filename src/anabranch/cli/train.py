@@ -181,9 +181,7 @@ def _run_all(planned: Callable[[], list[RunConfig]], timeout_s: int, json_out: b
         summary = (config.resume and config.folder.finished()) or _trained(config)
         summaries.append(summary)
         if summary["stopped_early"]:
-            kept = (
-                "the steps so far are in routing.npz" if config.trace_every else "--resume goes on from there"
-            )
+            kept = "the steps so far are in routing.npz" if config.trace_every else "go on with --resume"
             say(f"stopped after step {summary['steps']} of {config.steps}, saved in {config.out}; {kept}")
             raise typer.Exit(INTERRUPTED)
     if is_first():

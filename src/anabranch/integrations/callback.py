@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from anabranch.errors import ConfigError
 from anabranch.experts.adaptive import Observation
 from anabranch.integrations.transformers import AdaptiveEP, adaptive_layers
 from anabranch.telemetry.energy import open_meter
@@ -86,6 +87,7 @@ class AdaptiveCallback(TrainerCallback):
     callbacks=[AdaptiveCallback(), TensorBoardCallback()]`.
 
     Collective: pass it to the Trainer on every rank. Warns once where `slots` are too few for a plan's cap.
+    Raises ConfigError where the Trainer does not know that there are several ranks.
     """
 
     def __init__(self) -> None:
@@ -99,6 +101,12 @@ class AdaptiveCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if args.world_size == 1 and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ConfigError(
+                f"the Trainer knows of one rank, there are {dist.get_world_size()}, and all would train on the same "
+                "data; on CPUs pass use_cpu=True to TrainingArguments",
+                setting="use_cpu",
+            )
         self._watch.attach(kwargs["model"])
 
     def on_train_end(
