@@ -178,7 +178,7 @@ def test_observers_see_the_plan_and_the_bytes(transport: str, ranks2: RankPool) 
     else:
         assert [s.token_bytes for s in seen] == [2 * row_bytes * 2 * TOKENS] * 2
         slots = Homes.contiguous(EXPERTS, 2).slots
-        assert [s.weight_bytes for s in seen] == [2 * slots * 2 * row_bytes] * 2
+        assert [s.weight_bytes for s in seen] == [2 * slots * row_bytes] * 2
 
 
 def local_rows(plan: Plan, rank: int) -> int:

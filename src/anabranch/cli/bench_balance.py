@@ -26,7 +26,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.experts.grouped import experts_forward
-from anabranch.placement.base import Homes, max_over_mean
+from anabranch.placement.base import Homes, Plan, max_over_mean
 from anabranch.placement.policy import make_planner
 from anabranch.transport.choose import make_transport
 from anabranch.workload.routing import WORKLOADS, reachable_max_mean, routing_ids
@@ -194,7 +194,17 @@ def _measure(
     for turn in range(bench.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             times[name].append(_timed_ms(policies[name].step, case, module, bench.clock))
-    return [_row(bench, case, name, times, seen) for name in names]
+    transport = next(policy.layer.transport.name for policy in policies.values() if policy.layer)
+    return [_row(bench, case, name, times, seen, transport) for name in names]
+
+
+def _pair_bytes(bench: BalanceBench, plan: Plan) -> int:
+    """Bytes this rank sends under the identity plan when every pair travels: there, back, and both again backward."""
+    rank = dist.get_rank()
+    mine_E = plan.homes.rank_E == rank
+    out = int(plan.counts_RE[rank, ~mine_E].sum())
+    back = int(plan.counts_RE[:, mine_E].sum() - plan.counts_RE[rank, mine_E].sum())
+    return 2 * (out + back) * bench.hidden * torch.finfo(getattr(torch, bench.dtype)).bits // 8
 
 
 def _timed_ms(step: Step, case: Case, module: nn.Module, clock: str) -> float:
@@ -214,14 +224,21 @@ def _timed_ms(step: Step, case: Case, module: nn.Module, clock: str) -> float:
 
 
 def _row(
-    bench: BalanceBench, case: Case, name: str, times: dict[str, list[float]], seen: dict[str, Observation]
+    bench: BalanceBench,
+    case: Case,
+    name: str,
+    times: dict[str, list[float]],
+    seen: dict[str, Observation],
+    transport: str,
 ) -> dict[str, Any]:
     # Ratios are taken within a round, where the machine's other load hit both sides alike, then their median.
     mine = np.array(times[name])
     speedup = float(np.median(np.array(times["transformers"]) / mine))
     of_ideal = float(np.median(np.array(times["ideal"]) / mine))
+    # transformers shares the static plan, but sends one row for each (token, expert) pair, there and back.
     shown = seen.get(name, seen["static"])
-    moved = torch.tensor([shown.token_bytes, shown.weight_bytes], dtype=torch.int64, device=_device())
+    token_bytes = shown.token_bytes if name in seen else _pair_bytes(bench, shown.plan)
+    moved = torch.tensor([token_bytes, shown.weight_bytes], dtype=torch.int64, device=_device())
     dist.all_reduce(moved)
     low, high = np.percentile(times[name], [25, 75])
     return {
@@ -238,7 +255,8 @@ def _row(
         "step_ms_spread": round(float(high - low), 2),
         "speedup_vs_transformers": round(speedup, 4),
         "percent_of_ideal": round(100 * of_ideal, 2),
-        "plan_ms": round(shown.plan_ms, 3),
+        "plan_ms": round(shown.plan_ms, 3) if name in seen else 0.0,
+        "transport": transport if name in seen else "all_to_all",
         "clock": bench.clock,
-        **{k: v for k, v in asdict(bench).items() if k not in ("ranks", "trace", "max_mean")},
+        **{k: v for k, v in asdict(bench).items() if k not in ("ranks", "trace", "max_mean", "transport")},
     }

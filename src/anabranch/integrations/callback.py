@@ -128,7 +128,10 @@ class AdaptiveCallback(TrainerCallback):
         step_ms = 1e3 * (time.perf_counter() - self._started_s)
         joules = self._meter.joules() - self._joules
         self.last = _summed(self._watch.seen, step_ms, joules, self._meter.source)
-        if not self._warned and any(not layer.fits for layer in self.last.layers):
+        limited = any(
+            layer.settings.planner == "bounded" for layer in adaptive_layers(kwargs["model"]).values()
+        )
+        if not self._warned and limited and any(not layer.fits for layer in self.last.layers):
             self._warned = True
             if state.is_world_process_zero:
                 warnings.warn(

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers.distributed.expert_parallel import (
+    EpDispatchExpertsParallel,
     EPImplementation,
     EPImplementationInterface,
-    EpDispatchExpertsParallel,
     MoEParamShard,
 )
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
@@ -161,9 +161,7 @@ class EvenlyUnlessAdaptive(EpDispatchExpertsParallel):
                 f"Cannot evenly shard {sharded.shape[0]} experts across {ep_mesh.size()} expert-parallel ranks: "
                 f"use ep_implementation={NAME!r}, or an ep_size that divides them."
             )
-        return super().install_forward(
-            module, ep_mesh, tp_mesh=tp_mesh, ep_implementation=ep_implementation
-        )
+        return super().install_forward(module, ep_mesh, tp_mesh=tp_mesh, ep_implementation=ep_implementation)
 
 
 def register(settings: AdaptiveSettings) -> None:

@@ -80,6 +80,4 @@ class Dedup(Transport):
         t: _Tables = route.tables
         sums_UD = fan_in(y_ND, weight_N, t.token_N, sum(t.recv_R))
         back_VD = exchange_rows(sums_UD, t.recv_R, t.send_R, self.group)
-        return fan_in(
-            back_VD, torch.ones_like(t.token_V, dtype=back_VD.dtype), t.token_V, weights_SK.shape[0]
-        )
+        return fan_in(back_VD, None, t.token_V, weights_SK.shape[0])

@@ -1,4 +1,7 @@
-"""Differentiable row movement inside one rank, written so that no backward pass needs atomics.
+"""Differentiable row movement inside one rank.
+
+`spread` and `permute` need no atomics in either pass. `fan_in` adds rows of one token by `index_add`, in row order on
+CPU; on CUDA it is reproducible under `torch.use_deterministic_algorithms(True)` (not run on hardware).
 
 Shape suffixes: S tokens, K experts a token, P = S * K rows, N rows, U arrived tokens, D hidden size.
 """
@@ -77,9 +80,25 @@ def weigh(y_SKD: Tensor, weights_SK: Tensor) -> Tensor:
     return _Weigh.apply(y_SKD, weights_SK)
 
 
-def fan_in(y_ND: Tensor, weight_N: Tensor, token_N: Tensor, tokens: int) -> Tensor:
-    """(U, D): weighted rows summed per arrived token, accumulated in fp32 whatever the rows' precision."""
+class _WeighRows(torch.autograd.Function):
+    """y_ND * weight_N in fp32 at least; saves the rows in the precision they came in."""
+
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, weight_N: Tensor) -> Tensor:
+        ctx.save_for_backward(y_ND, weight_N)
+        wide = torch.promote_types(y_ND.dtype, torch.float32)
+        return y_ND.to(wide) * weight_N.to(wide).unsqueeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor]:
+        y_ND, weight_N = ctx.saved_tensors
+        grad_y = (grad_ND * weight_N.to(grad_ND.dtype).unsqueeze(-1)).to(y_ND.dtype)
+        return grad_y, (grad_ND * y_ND).sum(dim=-1).to(weight_N.dtype)
+
+
+def fan_in(y_ND: Tensor, weight_N: Tensor | None, token_N: Tensor, tokens: int) -> Tensor:
+    """(U, D): rows, weighted where weights are given, summed per token in fp32 at least, in the rows' precision."""
     wide = torch.promote_types(y_ND.dtype, torch.float32)
-    weighted_ND = y_ND.to(wide) * weight_N.to(wide).unsqueeze(-1)
+    rows_ND = y_ND.to(wide) if weight_N is None else _WeighRows.apply(y_ND, weight_N)
     sums_UD = torch.zeros((tokens, y_ND.shape[-1]), dtype=wide, device=y_ND.device)
-    return sums_UD.index_add(0, token_N, weighted_ND).to(y_ND.dtype)
+    return sums_UD.index_add(0, token_N, rows_ND).to(y_ND.dtype)
