@@ -1,0 +1,66 @@
+"""How a command ends: the line, the exit code, and who speaks."""
+
+import pytest
+import typer
+
+from anabranch.cli import fail
+from anabranch.cli.fail import RankDiedError, fails_clearly
+from anabranch.errors import ConfigError
+
+
+def ended(error):
+    """The exit code of a command that raises."""
+
+    @fails_clearly
+    def command():
+        raise error
+
+    with pytest.raises(typer.Exit) as caught:
+        command()
+    return caught.value.exit_code
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(capsys):
+    assert ended(ConfigError("two\n  lines; use one", setting="steps")) == 2
+    assert capsys.readouterr() == ("", "error steps: two lines; use one\n")
+
+
+def test_a_rank_that_died_is_no_mistake_of_the_user(capsys):
+    assert ended(RankDiedError("rank 1 was killed")) == 1
+    assert capsys.readouterr().err == "error rank 1 was killed\n"
+
+
+def test_an_interruption_is_130(capsys):
+    assert ended(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_what_nobody_expected_keeps_its_traceback():
+    @fails_clearly
+    def command():
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        command()
+
+
+def test_a_result_is_returned():
+    assert fails_clearly(lambda x: x + 1)(2) == 3
+
+
+def test_under_torchrun_rank_0_alone_speaks_and_the_others_let_it(capsys, monkeypatch):
+    slept = []
+    monkeypatch.setattr(fail.time, "sleep", slept.append)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for rank, said in (("1", ""), ("0", "error a: b\n")):
+        monkeypatch.setenv("RANK", rank)
+        assert ended(ConfigError("b", setting="a")) == 2
+        assert capsys.readouterr().err == said
+    assert slept == [fail.SPEAKER_S]
+
+
+def test_a_rank_in_the_environment_of_no_torchrun_silences_nobody(capsys, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    assert ended(ConfigError("b", setting="a")) == 2
+    assert capsys.readouterr().err == "error a: b\n"
