@@ -66,7 +66,7 @@ def balance(
     )
     _check(size, max(ranks or (2,)))
     if quick:
-        size = replace(size, hidden=256, width=512, rounds=5)
+        size = replace(size, hidden=192, width=384, rounds=5)
     rows: list[dict[str, Any]] = []
     for count in ranks or (2, 4):
         # More ranks than cores share them: fewer tokens a rank keep the work, and the run, the same size.
