@@ -26,6 +26,7 @@ from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from anabranch.errors import ConfigError, RankError
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.experts.grouped import experts_forward
+from anabranch.experts.guests import tie
 from anabranch.integrations.empty_share import bypass_sharding, load_empty_shares
 from anabranch.placement.base import Homes
 from anabranch.placement.policy import make_planner
@@ -96,6 +97,9 @@ class AdaptiveEP(EPImplementation):
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         home = bypass_sharding(self.experts, [self.experts._parameters[name] for name in self.names])
         tokens = hidden_states.shape[0]
+        if getattr(self.experts, "has_post_expert_norm", False):
+            # The norm's gradient is summed over the ranks by a hook of its forward: one without a row calls it too.
+            hidden_states = tie(hidden_states, [self.experts.post_expert_norm(hidden_states[:0])], [True])
         if self.tp_mesh.size() > 1:
             # The ranks of a tensor-parallel group hold the same tokens: each takes its slice of them.
             hidden_states, top_k_index, top_k_weights = (
