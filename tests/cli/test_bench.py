@@ -118,3 +118,11 @@ def test_the_planner_bench_keeps_its_figures_too(tmp_path, monkeypatch):
     assert invoke("planner", "--rounds", 3, "--json", tmp_path / "figures.json").exit_code == 0
     assert json.loads((tmp_path / "figures.json").read_text())["rows"] == [{"planner": "exact", "rounds": 3}]
     assert invoke("planner", "--json", tmp_path).exit_code == 2
+
+
+def test_ranks_of_a_torchrun_do_not_each_start_a_benchmark(launched, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("RANK", "0")
+    result = invoke("balance")
+    assert (result.exit_code, launched) == (2, [])
+    assert result.stderr == "error ranks: the benchmark starts its own ranks; run it without torchrun\n"

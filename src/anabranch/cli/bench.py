@@ -16,6 +16,7 @@ from anabranch.cli.bench_balance import BalanceBench
 from anabranch.cli.bench_planner import bench_planner
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.launch import launch
+from anabranch.cli.process import under_torchrun
 from anabranch.errors import ConfigError, TraceError
 from anabranch.training.config import DTYPES
 from anabranch.training.folder import require_folder
@@ -84,6 +85,8 @@ def natural_trace() -> Path:
 
 def _check(size: BalanceBench, ranks: int) -> None:
     """Raise ConfigError or TraceError for what cannot be measured, before a process is started."""
+    if under_torchrun():
+        raise ConfigError("the benchmark starts its own ranks; run it without torchrun", setting="ranks")
     check_transport(size.transport)
     if size.dtype not in DTYPES:
         raise ConfigError(f"{size.dtype!r} is unknown; use {' or '.join(DTYPES)}", setting="dtype")

@@ -15,8 +15,8 @@ ROWS = (
     ("rank max/mean before", "max_mean_before", "{:.3f}"),
     ("rank max/mean after", "max_mean_after", "{:.3f}"),
     ("guests a step", "guests_per_step", "{:.1f}"),
-    ("token MB a step", "token_mb_per_step", "{:.1f}"),
-    ("weight MB a step", "weight_mb_per_step", "{:.1f}"),
+    ("token MB a step", "token_mb_per_step", "{:.2f}"),
+    ("weight MB a step", "weight_mb_per_step", "{:.2f}"),
     ("joules a step", "joules_per_step", "{:.2f}"),
 )
 

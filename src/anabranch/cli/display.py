@@ -60,7 +60,7 @@ class RunDisplay:
             "tokens/s": f"{record.tokens_per_s:,.0f}",
             "rank max/mean": f"{record.max_mean_before:.3f} -> {record.max_mean_after:.3f}",
             "guests": str(record.guests),
-            "wire": f"{record.token_bytes / 1e6:,.1f} MB rows + {record.weight_bytes / 1e6:,.1f} MB weights",
+            "wire": f"{record.token_bytes / 1e6:,.2f} MB rows + {record.weight_bytes / 1e6:,.2f} MB weights",
             "energy": f"{self._joules:,.0f} J, {source}",
             "ETA": self._eta(record.step, now_s),
         }

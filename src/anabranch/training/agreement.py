@@ -23,6 +23,8 @@ def join(timeout_s: int) -> None:
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:  # else all ranks of a machine would meet on its first device
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     backend = dist.get_default_backend_for_device(accelerator or torch.device("cpu"))
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
