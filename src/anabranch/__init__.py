@@ -1,9 +1,9 @@
 """Adaptive expert parallelism for the Mixture-of-Experts models of Hugging Face transformers.
 
-    import anabranch
-    anabranch.enable()
-    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(
-        fsdp_size=2, ep_size=2, ep_implementation="anabranch"))
+import anabranch
+anabranch.enable()
+model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(
+    fsdp_size=2, ep_size=2, ep_implementation="anabranch"))
 """
 
 from anabranch.errors import AnabranchError
@@ -12,9 +12,7 @@ __version__ = "0.1.0"
 __all__ = ["AnabranchError", "__version__", "enable"]
 
 
-def enable(
-    planner: str = "bounded", epsilon: float = 0.05, slots: int = 2, transport: str = "auto"
-) -> None:
+def enable(planner: str = "bounded", epsilon: float = 0.05, slots: int = 2, transport: str = "auto") -> None:
     """Register `ep_implementation="anabranch"` with transformers, for models loaded from now on.
 
     planner: who computes which rows. "bounded" moves rows only where a rank's load exceeds the mean by more
