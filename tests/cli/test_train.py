@@ -278,24 +278,6 @@ def command(*arguments, launcher=("-m", "anabranch")):
     return subprocess.run(ran, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_two_runs_from_the_shell_are_compared(options, tmp_path):
-    """Processes and all: the command as the README gives it."""
-    short = ["--steps", 6, "--save-every", 0, "--eval-every", 0]
-    ran = command(*options, *short, "--compare", "static")
-    assert ran.returncode == 0, ran.stderr
-    first, second = json.loads((tmp_path / "run" / "comparison.json").read_text())
-    assert (first["planner"], second["planner"]) == ("bounded", "static")
-    assert second["losses"] == pytest.approx(first["losses"], rel=1e-4)
-    assert len(first["losses"]) == 6
-    assert (tmp_path / "run" / "static" / "model" / "config.json").exists()
-    assert "rank max/mean after" in ran.stdout
-    assert "their losses differ by at most" in ran.stdout
-    shown = [line for line in ran.stderr.splitlines() if "step 6/6" in line]
-    assert [line.split(":")[0] for line in shown] == ["bounded", "static"]
-    assert "Traceback" not in ran.stderr
-    assert "Warning" not in ran.stderr
-
-
 def test_unusable_text_from_the_shell_is_one_line(options, tmp_path):
     """Found by the ranks: each of them meets it, the launcher alone tells."""
     binary = tmp_path / "text.txt"
@@ -343,6 +325,7 @@ def test_ranks_of_an_outer_torchrun_that_disagree_end_with_the_reason(options, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full  # the same on a pool of ranks: tests/training/test_runner.py
 def test_an_outer_torchrun_of_another_size_is_refused(options, tmp_path):
     launcher = (*TORCHRUN, "-m", "anabranch")
     ran = command(*options, "--ranks", 4, launcher=launcher)

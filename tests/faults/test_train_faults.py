@@ -149,11 +149,15 @@ def test_ctrl_c_in_the_second_of_two_runs_is_resumed_to_the_same_losses(
     assert (second / "checkpoints" / f"checkpoint-{stopped[1]}" / "complete.json").exists()
     first_saved = (out / "summary.json").stat().st_mtime_ns
     with running([*options, "--resume"], temporary) as command:
-        code, _, told = command.end()
-    assert (code, told) == (0, [])
+        code, stdout, told = command.end()
+    assert (code, told) == (0, [])  # no warning either
     assert (out / "summary.json").stat().st_mtime_ns == first_saved  # it was through, and is not run again
+    assert "rank max/mean after" in stdout
+    assert "their losses differ by at most" in stdout
+    assert (second / "model" / "config.json").exists()
     resumed = json.loads((out / "comparison.json").read_text())
     assert [summary["planner"] for summary in resumed] == ["bounded", "static"]
+    assert resumed[1]["losses"][0] == pytest.approx(resumed[0]["losses"][0], rel=1e-6)
     assert resumed[1]["losses"] == losses(ranks2, toy_run, tmp_path / "whole", "static")
 
 
