@@ -275,7 +275,7 @@ def test_a_trace_of_one_rank_is_refused(invoke, launched, tmp_path):
 def command(*arguments, launcher=("-m", "anabranch")):
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     ran = [sys.executable, *launcher, *map(str, arguments)]
-    return subprocess.run(ran, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(ran, env=environment, capture_output=True, text=True, timeout=250)
 
 
 def test_unusable_text_from_the_shell_is_one_line(options, tmp_path):

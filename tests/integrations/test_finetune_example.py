@@ -23,7 +23,7 @@ def test_a_plain_trainer_finetunes_a_local_checkpoint(toy_model, toy_text, tmp_p
         *(ROOT / "examples" / "finetune_trainer.py", checkpoint, toy_text, out),
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert ran.returncode == 0, ran.stderr
     logged = [line for line in ran.stdout.splitlines() if "'loss'" in line]
     assert len(logged) == 4  # every fifth of 20 steps, by rank 0 alone
