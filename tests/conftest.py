@@ -80,7 +80,7 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory, toy_model: Path, toy_text:
         "learning_rate": 1e-2,
         "save_every": 10,
         "eval_every": 20,
-        "timeout_s": 100,
+        "timeout_s": 300,
     }
 
 

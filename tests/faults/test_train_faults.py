@@ -198,14 +198,14 @@ def imports_torch(pid):
 
 @pytest.mark.full  # the agent gives a rank that does not answer its SIGTERM 30 s
 def test_a_rank_that_hangs_ends_the_run_after_the_timeout(endless, out, temporary):
-    with running([*endless, "--timeout-s", 5], temporary) as command:
+    with running([*endless, "--timeout-s", 15], temporary) as command:
         wait_for(lambda: steps_done(out) > 0)
         ranks = command.ranks()
         os.kill(ranks[1], signal.SIGSTOP)
         code, stdout, told = command.end()
     assert (code, stdout) == (1, "")
     reason = (
-        "error timeout_s: rank 0 waited 5 s for another one, which hangs or is stopped; all ended. "
+        "error timeout_s: rank 0 waited 15 s for another one, which hangs or is stopped; all ended. "
         "Raise timeout_s where a rank may take longer"
     )
     assert told == [reason]

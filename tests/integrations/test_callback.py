@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,9 +11,10 @@ from transformers.distributed import DistributedConfig
 
 import anabranch
 from anabranch.errors import ConfigError
-from anabranch.integrations.callback import AdaptiveCallback, LayerWatch, decoder_layer
+from anabranch.experts.adaptive import Observation
+from anabranch.integrations.callback import AdaptiveCallback, LayerWatch, Seen, _summed, decoder_layer
 from anabranch.integrations.transformers import adaptive_layers
-from anabranch.placement.base import max_over_mean
+from anabranch.placement.base import Homes, Plan, max_over_mean
 from anabranch.training.origin import find_origin
 
 FIGURES = (
@@ -181,3 +183,30 @@ def test_a_trainer_that_would_give_all_ranks_the_same_data_is_refused(ranks2):
     told = ranks2.run(begin_unaware, torch.nn.Linear(1, 1))
     assert all(text.startswith("use_cpu: the Trainer knows of one rank, there are 2") for text in told)
     assert begin_unaware(torch.nn.Linear(1, 1)) is None
+
+
+def sum_over_groups():
+    """Two groups of two ranks: one levels 10 and 2 rows to 6 and 6 with a guest, one has 4 and 8, unlevelled."""
+    rank = dist.get_rank()
+    homes = Homes.contiguous(2, 2)
+    routed = np.array([[5, 1], [5, 1]]) if rank < 2 else np.array([[2, 4], [2, 4]])
+    placed = np.array([[6, 0], [4, 2]]) if rank < 2 else np.diag([4, 8])
+    plan = Plan(routed, placed, homes, 6)
+    seen = [Seen(3, Observation(plan, torch.zeros(6, 1), 10**10 + rank, 10 * rank, 0.5 * rank))]
+    return _summed(seen, 20.0, float(rank), "estimate")
+
+
+def test_groups_that_share_experts_are_summed_up(ranks4):
+    for rank, step in enumerate(ranks4.run(sum_over_groups)):
+        (layer,) = step.layers
+        assert (layer.layer, layer.rows_before_max, layer.rows_after_max, layer.rows_mean) == (3, 10, 8, 6)
+        assert (step.max_mean_before, step.max_mean_after) == (10 / 6, 8 / 6)
+        assert not layer.fits  # in the second group
+        assert (step.guests, step.token_bytes, step.weight_bytes) == (1, 4 * 10**10 + 6, 60)
+        assert (step.joules, step.plan_ms) == (6.0, 0.5 * rank)
+
+
+def test_no_adaptive_layer_is_no_imbalance():
+    step = _summed([], 20.0, 1.5, "rapl")
+    assert (step.max_mean_before, step.max_mean_after, step.guests, step.layers) == (1.0, 1.0, 0, ())
+    assert (step.joules, step.step_ms) == (1.5, 20.0)
