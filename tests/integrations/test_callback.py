@@ -13,7 +13,7 @@ import anabranch
 from anabranch.errors import ConfigError
 from anabranch.experts.adaptive import Observation
 from anabranch.integrations.callback import AdaptiveCallback, LayerWatch, Seen, _summed, decoder_layer
-from anabranch.integrations.transformers import adaptive_layers
+from anabranch.integrations.transformers import LAYER_ATTRIBUTE, adaptive_layers
 from anabranch.placement.base import Homes, Plan, max_over_mean
 from anabranch.training.origin import find_origin
 
@@ -163,11 +163,26 @@ def test_the_layer_is_the_first_number_of_the_name(name, number):
     assert decoder_layer(name) == number
 
 
-def test_a_watch_lets_go_of_what_it_held():
+def model_of_one_layer():
+    """A model that looks adaptive, and its layer's observers."""
+    layer = SimpleNamespace(observers=[])
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])})
+    setattr(model["layers"][1], LAYER_ATTRIBUTE, layer)
+    return model, layer.observers
+
+
+def test_a_watch_hangs_on_each_layer_once_even_after_a_training_that_failed():
     watch = LayerWatch()
-    watch.attach(torch.nn.Linear(1, 1))
+    (old, old_observers), (new, new_observers) = model_of_one_layer(), model_of_one_layer()
+    watch.attach(old)
+    watch.attach(old)
+    old_observers[0]("seen")
+    assert watch.seen == [Seen(1, "seen")]
+    assert len(old_observers) == 1
+    watch.attach(new)
+    assert (len(old_observers), len(new_observers), watch.seen) == (0, 1, [])
     watch.detach()
-    assert watch.seen == []
+    assert new_observers == []
 
 
 def begin_unaware(model):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import Subset
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.distributed import DistributedConfig
 from transformers.trainer_callback import PrinterCallback
 
@@ -169,7 +169,6 @@ def _train(
     watchers: Sequence[Sink],
     stop: OrderlyStop,
 ) -> RunSummary:
-    set_seed(config.seed)
     folder = config.folder
     trace = TraceRecorder(folder.trace, every=config.trace_every, ids=config.trace_ids)
     balance = AdaptiveCallback()
