@@ -19,27 +19,22 @@ from types import TracebackType
 from anabranch.errors import AnabranchError
 
 
-def main(job_file: Path) -> int:
-    """Run the job; rank 0's result and the first user error of each rank go to the job's folder."""
+def main(job_file: Path) -> None:
+    """Run the job; rank 0's result, and the error of any rank, go to the job's folder."""
     folder, rank = job_file.parent, int(os.environ["RANK"])
     with _LastWords(folder, rank):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # an interruption, as SIGINT is one
         request = json.loads(job_file.read_text())
         threading.Thread(target=_end_with, args=(request["launcher"], folder), daemon=True).start()
-        try:
-            result = import_module("anabranch.cli.jobs").carry_out(request["job"], request["settings"])
-        except AnabranchError as error:
-            (folder / f"error-{rank:04d}.json").write_text(json.dumps({"message": str(error)}))
-            return 2
+        result = import_module("anabranch.cli.jobs").carry_out(request["job"], request["settings"])
         if rank == 0:
             (folder / "result.json").write_text(json.dumps(result))
-    return 0
 
 
 class _LastWords:
-    """Leaves an exception that nobody expected to the launcher, and ends the process at once.
+    """Leaves the error of a rank to the launcher, and ends the process at once.
 
-    At once, because tearing down a group that lost a rank may wait for it.
+    At once, because tearing down a group in which others still wait, or have died, may wait or abort.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -56,17 +51,24 @@ class _LastWords:
             return
         for number in (signal.SIGINT, signal.SIGTERM):  # the agent ends the ranks that are left
             signal.signal(number, signal.SIG_IGN)
+        sys.stderr.flush()
         if isinstance(error, KeyboardInterrupt):
             os._exit(130)
+        if isinstance(error, AnabranchError):
+            self._write("error", {"message": str(error)})
+            os._exit(2)
         crash = {
             "rank": self.rank,
             "time_s": time.time(),
             "error": " ".join("".join(traceback.format_exception_only(error)).split()),
             "traceback": "".join(traceback.format_exception(kind, error, trace)),
         }
-        with contextlib.suppress(FileNotFoundError):  # the launcher was killed, its folder is gone
-            (self.folder / f"crash-{self.rank:04d}.json").write_text(json.dumps(crash))
+        self._write("crash", crash)
         os._exit(1)
+
+    def _write(self, kind: str, content: dict[str, object]) -> None:
+        with contextlib.suppress(FileNotFoundError):  # the launcher was killed, its folder is gone
+            (self.folder / f"{kind}-{self.rank:04d}.json").write_text(json.dumps(content))
 
 
 def _end_with(launcher: int, folder: Path) -> None:
@@ -78,4 +80,4 @@ def _end_with(launcher: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))

@@ -14,7 +14,7 @@ from anabranch.cli.display import RunDisplay
 from anabranch.cli.fail import INTERRUPTED, fails_clearly
 from anabranch.cli.launch import launch
 from anabranch.cli.process import quiet, say, under_torchrun
-from anabranch.errors import ConfigError
+from anabranch.errors import AnabranchError, ConfigError
 from anabranch.integrations.transformers import AdaptiveSettings
 from anabranch.placement.policy import make_planner
 from anabranch.training.agreement import is_first, join, leave, on_all_ranks, require_equal
@@ -174,6 +174,18 @@ def _run_all(planned: Callable[[], list[RunConfig]], timeout_s: int, json_out: b
     if under_torchrun():
         quiet()
         join(max(1, timeout_s))
+    try:
+        stopped = not _run_each(planned, json_out)
+    except AnabranchError:
+        leave()  # all ranks raise it
+        raise
+    leave()
+    if stopped:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _run_each(planned: Callable[[], list[RunConfig]], json_out: bool) -> bool:
+    """Whether all runs came to their end."""
     runs = on_all_ranks(planned)
     require_equal({"compare": [config.experts.planner for config in runs[1:]]})
     summaries: list[dict[str, Any]] = []
@@ -183,10 +195,10 @@ def _run_all(planned: Callable[[], list[RunConfig]], timeout_s: int, json_out: b
         if summary["stopped_early"]:
             kept = "the steps so far are in routing.npz" if config.trace_every else "go on with --resume"
             say(f"stopped after step {summary['steps']} of {config.steps}, saved in {config.out}; {kept}")
-            raise typer.Exit(INTERRUPTED)
+            return False
     if is_first():
         _report(runs[0], summaries, json_out)
-    leave()
+    return True
 
 
 def _report(config: RunConfig, summaries: list[dict[str, Any]], json_out: bool) -> None:
