@@ -1,0 +1,102 @@
+"""Measured samples on disk, so that a group of hosts is measured once for a layer's shape.
+
+One small JSON file for each key, in one folder.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from anabranch.errors import ConfigError
+from anabranch.telemetry.samples import Samples
+
+# Files of another form are measured anew. To be raised with every change of what a sample means.
+VERSION = 1
+
+
+def cache_key(
+    *,
+    hosts: Sequence[str],
+    lab: str | None,
+    software: Mapping[str, str],
+    shape: Mapping[str, int],
+    codecs: tuple[str, str],
+    dtype: str,
+) -> str:
+    """A digest of all that samples depend on: 32 hexadecimal digits.
+
+    hosts: the name of each rank's node, in rank order, so that its length is the world size. lab: the emulated
+    cluster's description, None outside of one. software: versions by package. shape: the layer's and model's sizes.
+    codecs: of dispatch and of combine.
+    """
+    facts = {
+        "version": VERSION,
+        "hosts": list(hosts),
+        "lab": lab,
+        "software": dict(software),
+        "shape": dict(shape),
+        "codecs": list(codecs),
+        "dtype": dtype,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Calibration:
+    """Samples by key, in the files of one folder, which `store` makes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: str) -> Path:
+        """The file of a key, there or not."""
+        return self.folder / f"samples-{key}.json"
+
+    def load(self, key: str) -> Samples | None:
+        """What was stored under `key`, or None where nothing usable was: then measure.
+
+        A damaged or outdated file is ignored with a RuntimeWarning; the next `store` replaces it.
+        """
+        path = self.path(key)
+        try:
+            content: Any = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            return _ignored(path, str(error))
+        if not isinstance(content, dict):
+            return _ignored(path, "not a JSON object")
+        held = cast("dict[str, Any]", content)
+        if (
+            held.get("version") != VERSION
+            or held.get("key") != key
+            or not isinstance(held.get("samples"), dict)
+        ):
+            return _ignored(path, "of another version or another key")
+        try:
+            return Samples.from_json(held["samples"])
+        except ConfigError as error:
+            return _ignored(path, str(error))
+
+    def store(self, key: str, samples: Samples) -> None:
+        """Writes the file whole or not at all. Raises ConfigError naming `cache` where the folder cannot be written."""
+        content = {"version": VERSION, "key": key, "samples": samples.to_json()}
+        path = self.path(key)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder} cannot be written ({error}); name another folder", setting="cache"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _ignored(path: Path, problem: str) -> None:
+    warnings.warn(f"{path} is ignored and measured anew: {problem}", RuntimeWarning, stacklevel=3)

@@ -1,0 +1,195 @@
+"""What one call of a layer takes, forward and backward, under a plan and an exchange.
+
+Shape suffixes: R ranks, E experts.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from anabranch.costs.curve import Curve
+from anabranch.costs.links import Busiest, Links
+from anabranch.costs.traffic import TRANSFORMERS, Flow, Hop
+from anabranch.errors import ConfigError
+from anabranch.placement.base import Homes, Plan
+from anabranch.placement.choice import Exchange
+from anabranch.placement.nodes import Nodes
+from anabranch.placement.static import StaticPlanner
+from anabranch.telemetry.samples import Samples
+from anabranch.workload.routing import routing_counts
+
+# One routing weight in fp32, or one int32 slot.
+WORD_BYTES = 4
+
+
+class CallCost(NamedTuple):
+    """Forward and backward together, in ms. Where chunks overlap, the parts add up to more than the total.
+
+    overhead_ms: what measured calls of this exchange took beyond their parts, interpolated over tokens; negative
+    where they hide more of the exchange than the model of chunks says.
+    """
+
+    plan_ms: float
+    weights_ms: float
+    dispatch_ms: float
+    experts_ms: float
+    combine_ms: float
+    overhead_ms: float
+    total_ms: float
+
+
+class _Sizes(NamedTuple):
+    """Of a plan and a transport: of each hop, what the busiest node moves; the most rows any rank copies."""
+
+    hops: tuple[tuple[Hop, Busiest], ...]
+    copied_rows: float
+
+
+class CallModel:
+    """Prices calls of one layer's shape on one group, by what was measured there.
+
+    Every phase of a call ends together on all ranks, so each counts with its slowest rank:
+    1. planning on the host, as measured for the planner;
+    2. guests' weights from home to host, and their gradients back;
+    3. dispatch: copies into the order of destinations and of slots, and one exchange a hop; its gradient the same
+       the other way;
+    4. computation of the fullest rank's rows; a guest computes as fast as a home;
+    5. combine, as dispatch;
+    6. what is left of the measured calls at this number of tokens: launches, integer tables, small exchanges.
+    With c > 1 chunks dispatch, computation and combine of 1/c of the rows overlap: the first chunk takes all three,
+    each further one the slowest of them.
+
+    Prices are rounded to nanoseconds, so that two ways of computing one price are no difference. Raises ConfigError
+    naming what is missing where the samples do not cover a planner or an exchange.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+        self.nodes = Nodes.of(samples.node_R)
+        self._links = Links(samples.link_ms, self.nodes)
+        self._experts = Curve(samples.expert_ms)
+        self._flow: Flow | None = None
+        self._sizes: dict[str, _Sizes] = {}
+        self._overhead = self._fit_overhead()
+
+    def cost(self, plan: Plan, exchange: Exchange, planner: str) -> CallCost:
+        """The cost of one call; `planner` made the plan. The "transformers" exchange has no planning of ours."""
+        table = self._overhead.get(exchange)
+        if table is None:
+            known = ", ".join(f"{name}/{chunks}" for name, chunks in self._overhead)
+            raise ConfigError(
+                f"{exchange.transport}/{exchange.chunks} was not measured here, only {known}; measure it",
+                setting="samples",
+            )
+        parts = self._parts(plan, exchange)
+        tokens = float(plan.counts_RE.sum(axis=1).max()) / self.samples.top_k
+        # Overlap can hide an exchange, but no computation.
+        overhead_ms = max(_between(table, tokens), parts.experts_ms - parts.total_ms)
+        plan_ms = 0.0 if exchange.transport == TRANSFORMERS else self._plan_ms(planner)
+        weights_ms = self._weights_ms(self._flow_of(plan))
+        total_ms = plan_ms + weights_ms + parts.total_ms + overhead_ms
+        return parts._replace(
+            plan_ms=plan_ms, weights_ms=weights_ms, overhead_ms=overhead_ms, total_ms=round(total_ms, 6)
+        )
+
+    def lend_ms(self, *, across_nodes: bool) -> float:
+        """Time to lend one guest, alone, to a rank of another node or of the home's own, and to return its gradient.
+
+        0.0 where there is no such rank.
+        """
+        homes_N = np.bincount(self.nodes.node_R)
+        ranks = float(homes_N.min() if across_nodes else homes_N.max())
+        if (across_nodes and homes_N.size == 1) or (not across_nodes and ranks == 1):
+            return 0.0
+        busiest = Busiest(0.0, 1 / ranks) if across_nodes else Busiest(1 / ranks, 0.0)
+        return self._lend_ms(busiest, 1.0)
+
+    def rows_worth_ms(self, ms: float) -> int:
+        """Rows whose computation takes `ms`, at the rate over all measured sizes."""
+        return round(ms / self._experts.rate_ms)
+
+    def _plan_ms(self, planner: str) -> float:
+        ms = self.samples.plan_ms.get(planner)
+        if ms is None:
+            known = ", ".join(self.samples.plan_ms)
+            raise ConfigError(f"planner {planner!r} was not measured here, only {known}", setting="samples")
+        return ms
+
+    def _flow_of(self, plan: Plan) -> Flow:
+        # A review prices one plan with every exchange: their traffic is computed once.
+        if self._flow is None or self._flow.plan is not plan:
+            self._flow, self._sizes = Flow(plan, self.nodes, self.samples.top_k), {}
+        return self._flow
+
+    def _sizes_of(self, plan: Plan, transport: str) -> _Sizes:
+        flow = self._flow_of(plan)
+        if transport not in self._sizes:
+            hops = flow.hops(transport)
+            # Each hop gathers what it sends; at last rows are gathered in the order of slots.
+            copied_R = plan.rows_R + sum(hop.rows_RR.sum(axis=1) for hop in hops)
+            pairs = tuple((hop, self._links.busiest(hop.rows_RR)) for hop in hops)
+            self._sizes[transport] = _Sizes(pairs, float(copied_R.max()))
+        return self._sizes[transport]
+
+    def _parts(self, plan: Plan, exchange: Exchange) -> CallCost:
+        """Dispatch, experts and combine, and the total of these three with the overlap of chunks."""
+        sizes, chunks = self._sizes_of(plan, exchange.transport), exchange.chunks
+        copies_ms = 2 * self._copy_ms(sizes.copied_rows * self.samples.row_bytes / chunks)
+        dispatch_ms = combine_ms = copies_ms
+        for hop, busiest in sizes.hops:
+            there_bytes, back_bytes = self._row_bytes(hop)
+            # Weights and slots travel forward, the weights' gradients back.
+            word_bytes = WORD_BYTES * self.samples.top_k * hop.carries
+            for unit_bytes in (there_bytes + 2 * word_bytes, there_bytes + word_bytes):
+                dispatch_ms += self._links.ms(busiest, unit_bytes / chunks, hop.links)
+            combine_ms += 2 * self._links.ms(busiest, back_bytes / chunks, hop.links)
+        experts_ms = float(self._experts.ms(float(plan.rows_R.max()) / chunks))
+        one_ms = dispatch_ms + experts_ms + combine_ms
+        total_ms = one_ms + (chunks - 1) * max(dispatch_ms, experts_ms, combine_ms)
+        return CallCost(
+            0.0, 0.0, chunks * dispatch_ms, chunks * experts_ms, chunks * combine_ms, 0.0, total_ms
+        )
+
+    def _row_bytes(self, hop: Hop) -> tuple[int, int]:
+        if hop.wired:
+            return self.samples.dispatch_row_bytes, self.samples.combine_row_bytes
+        return self.samples.row_bytes, self.samples.row_bytes
+
+    def _copy_ms(self, copied_bytes: float) -> float:
+        return copied_bytes * 1e-6 * self.samples.copy_ms_per_mb
+
+    def _weights_ms(self, flow: Flow) -> float:
+        if not flow.plan.guests:
+            return 0.0
+        lent_RR = flow.copies_RR
+        return self._lend_ms(self._links.busiest(lent_RR), float(lent_RR.sum(axis=1).max()))
+
+    def _lend_ms(self, busiest: Busiest, most_lent: float) -> float:
+        """There and back again, gathered at home before and added up there after."""
+        expert_bytes = self.samples.expert_bytes
+        return 2 * (self._links.ms(busiest, expert_bytes) + self._copy_ms(most_lent * expert_bytes))
+
+    def _fit_overhead(self) -> dict[Exchange, dict[int, float]]:
+        """Of each measured exchange, by tokens a rank: the measured time less that of the parts."""
+        ranks, experts, top_k = self.nodes.ranks, self.samples.experts, self.samples.top_k
+        homes, tables = Homes.contiguous(experts, ranks), dict[Exchange, dict[int, float]]()
+        planned_ms = self._plan_ms(StaticPlanner.name)
+        for transport, chunks, tokens, ms in sorted(self.samples.call_ms, key=lambda call: call.tokens):
+            counts_RE = routing_counts(
+                "balanced", ranks=ranks, experts=experts, tokens=tokens, top_k=top_k, max_mean=1.0
+            )
+            exchange = Exchange(transport, chunks)
+            parts = self._parts(StaticPlanner().plan(counts_RE, homes), exchange)
+            ours_ms = 0.0 if transport == TRANSFORMERS else planned_ms
+            tables.setdefault(exchange, {})[tokens] = ms - parts.total_ms - ours_ms
+        return tables
+
+
+def _between(table: Mapping[int, float], tokens: float) -> float:
+    """Linear between the sizes of a table in ascending order, constant below; beyond, the last slope goes on."""
+    sizes, values = list(table), list(table.values())
+    if tokens > sizes[-1] and len(sizes) > 1:
+        slope = (values[-1] - values[-2]) / (sizes[-1] - sizes[-2])
+        return values[-1] + slope * (tokens - sizes[-1])
+    return float(np.interp(tokens, sizes, values))

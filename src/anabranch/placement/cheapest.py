@@ -1,0 +1,141 @@
+"""The choice by price: now and then every plan with every exchange is priced, and the cheapest is kept.
+
+Shape suffixes: R ranks of the expert-parallel group, E experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from anabranch.errors import ConfigError
+from anabranch.placement.base import Homes, IntArray, Plan, Planner, max_over_mean
+from anabranch.placement.bounded import BoundedPlanner
+from anabranch.placement.checks import require_count, require_number
+from anabranch.placement.choice import Choice, Exchange
+from anabranch.placement.exact import ExactPlanner
+from anabranch.placement.load import load_of
+from anabranch.placement.nodes import Nodes
+from anabranch.placement.prices import Prices
+from anabranch.placement.static import StaticPlanner
+from anabranch.placement.within_node import WithinNode
+
+# Rank max/mean may move by this part of itself before the kept choice is doubted.
+DRIFT = 0.10
+# The fewest calls between two reviews. A load that jumps to and fro would else be reviewed at every call.
+SOONEST = 2
+
+
+class Candidate(NamedTuple):
+    """One priced way to do a call. guests: copies in its plan."""
+
+    planner: str
+    exchange: Exchange
+    guests: int
+    predicted_ms: float
+
+
+class CheapestChoice:
+    """Keeps one planner and one exchange, and reviews them by price.
+
+    A review prices every planner's plan with every exchange on the exact counts at hand. The kept pair gives way
+    only to one that is cheaper by more than `hysteresis`, a fraction: prices are predictions, and changing to and
+    fro gains nothing. Between reviews only the kept planner runs.
+
+    Reviews come every `review_every` calls, and early when rank max/mean of the homes' load has moved by more than
+    DRIFT since the last one: prices follow the load. An early review that changes nothing doubles the calls until
+    the next early one may come, up to `review_every`, so that bursts which the kept pair already suits cost no
+    planning; a change brings it back to SOONEST.
+
+    Everything follows from the counts of the calls so far and from the prices, which are equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        planners: Mapping[str, Planner],
+        exchanges: Sequence[Exchange],
+        prices: Prices,
+        hysteresis: float = 0.03,
+        review_every: int = 16,
+    ) -> None:
+        """planners: by the name that prices know them by; of two with equal prices the first is chosen.
+
+        Raises ConfigError naming the setting that is empty or out of range.
+        """
+        if not planners or not exchanges:
+            empty = "exchanges" if planners else "planners"
+            raise ConfigError("there is nothing to choose from; give at least one", setting=empty)
+        require_number("hysteresis", hysteresis, 0.0)
+        require_count("review_every", review_every, 1)
+        self.planners, self.exchanges, self.prices = dict(planners), tuple(exchanges), prices
+        self.hysteresis, self.review_every = hysteresis, review_every
+        self.review: tuple[Candidate, ...] = ()
+        """All candidates of the last review, with their predicted times."""
+        self._kept: tuple[str, Exchange] | None = None
+        self._reviewed_max_mean = 0.0
+        self._calls_since = 0
+        self._soonest = SOONEST
+
+    def choose(self, counts_RE: IntArray, homes: Homes) -> Choice:
+        """counts_RE: int64 (R, E), rows that rank r routes to expert e."""
+        self._calls_since += 1
+        max_mean = max_over_mean(load_of(counts_RE, homes).rank_rows_R)
+        if self._kept is not None and not self._due(max_mean):
+            planner, exchange = self._kept
+            return Choice(self.planners[planner].plan(counts_RE, homes), exchange, planner)
+        early = self._calls_since < self.review_every
+        before = self._kept
+        choice = self._review(counts_RE, homes)
+        changed = self._kept != before
+        self._soonest = SOONEST if changed or not early else min(2 * self._soonest, self.review_every)
+        self._calls_since, self._reviewed_max_mean = 0, max_mean
+        return choice
+
+    def slots_needed(self, homes: Homes) -> int:
+        """The most guest slots a rank can need under any of the planners."""
+        return max(planner.slots_needed(homes) for planner in self.planners.values())
+
+    def _due(self, max_mean: float) -> bool:
+        if self._calls_since >= self.review_every:
+            return True
+        moved = abs(max_mean - self._reviewed_max_mean) > DRIFT * self._reviewed_max_mean
+        return moved and self._calls_since >= self._soonest
+
+    def _review(self, counts_RE: IntArray, homes: Homes) -> Choice:
+        plans = {name: planner.plan(counts_RE, homes) for name, planner in self.planners.items()}
+        self.review = tuple(
+            Candidate(name, exchange, plan.guests, self.prices.call_ms(plan, exchange, name))
+            for name, plan in self._worth_pricing(plans).items()
+            for exchange in self.exchanges
+        )
+        best = min(self.review, key=lambda candidate: candidate.predicted_ms)
+        for candidate in self.review:
+            if (candidate.planner, candidate.exchange) == self._kept:
+                if best.predicted_ms >= candidate.predicted_ms * (1.0 - self.hysteresis):
+                    best = candidate
+                break
+        self._kept = (best.planner, best.exchange)
+        return Choice(plans[best.planner], best.exchange, best.planner)
+
+    def _worth_pricing(self, plans: dict[str, Plan]) -> dict[str, Plan]:
+        """The plans without repetitions: one without guests is the identity, priced as its first planner's.
+
+        The kept planner's plan stays whatever it is, so that the kept pair is compared by its own price.
+        """
+        kept = self._kept[0] if self._kept is not None else None
+        idle = [name for name, plan in plans.items() if not plan.guests]
+        return {name: plan for name, plan in plans.items() if plan.guests or name in (idle[0], kept)}
+
+
+def candidate_planners(prices: Prices, nodes: Nodes, epsilon: float, slots: int) -> dict[str, Planner]:
+    """The planners worth pricing on these nodes, by their names: the simplest first.
+
+    `bounded` hosts a guest for no fewer rows than pay for its weights on the links it takes: on several nodes that
+    makes it two planners, one with guests within nodes and one with guests anywhere; likewise `exact`, which takes
+    guests at any price. epsilon, slots: as of `BoundedPlanner`, which raises ConfigError for a bad one.
+    """
+    across = nodes.count > 1
+    anywhere = [BoundedPlanner(epsilon, slots, prices.guest_rows(across_nodes=across)), ExactPlanner()]
+    found: list[Planner] = [StaticPlanner()]
+    if across and nodes.count < nodes.ranks:
+        near = BoundedPlanner(epsilon, slots, prices.guest_rows(across_nodes=False))
+        found += [WithinNode(near, nodes), WithinNode(ExactPlanner(), nodes)]
+    return {planner.name: planner for planner in [*found, *anywhere]}
