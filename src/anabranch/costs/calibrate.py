@@ -88,14 +88,15 @@ class Calibration:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-            os.replace(temporary, path)
+            try:
+                temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"{self.folder} cannot be written ({error}); name another folder", setting="cache"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _ignored(path: Path, problem: str) -> None:
