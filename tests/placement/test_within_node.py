@@ -18,7 +18,9 @@ def _counts(expert_rows):
 
 
 def test_each_node_is_balanced_by_itself():
-    plan = WithinNode(ExactPlanner(), PAIRS).plan(_counts([80, 20, 0, 0, 4, 6, 10, 0]), Homes.contiguous(8, 4))
+    plan = WithinNode(ExactPlanner(), PAIRS).plan(
+        _counts([80, 20, 0, 0, 4, 6, 10, 0]), Homes.contiguous(8, 4)
+    )
     assert plan.rows_R.tolist() == [50, 50, 10, 10]
     assert np.argwhere(plan.guest_RE).tolist() == [[1, 0]]
     assert plan.cap == 50

@@ -29,7 +29,9 @@ def flows(draw):
     quota_RE = np.zeros_like(counts_RE)
     for expert, total in enumerate(counts_RE.sum(axis=0)):
         home_only = np.arange(ranks) == homes.rank_E[expert]
-        quota_RE[:, expert] = rng.multinomial(total, rng.dirichlet(np.ones(ranks)) if rng.random() < 0.5 else home_only)
+        quota_RE[:, expert] = rng.multinomial(
+            total, rng.dirichlet(np.ones(ranks)) if rng.random() < 0.5 else home_only
+        )
     plan = Plan(counts_RE, quota_RE, homes, cap=int(quota_RE.sum(axis=1).max()))
     nodes = Nodes.of(rng.permutation(np.repeat(np.arange(node_count), per_node)).tolist())
     return Flow(plan, nodes, top_k)

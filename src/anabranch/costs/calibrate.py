@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from anabranch.costs.prices import CalibratedPrices
 from anabranch.errors import ConfigError
 from anabranch.telemetry.samples import Samples
 
@@ -46,7 +47,7 @@ def cache_key(
 
 
 class Calibration:
-    """Samples by key, in the files of one folder, which `store` makes."""
+    """Samples by key, in the files of one folder, which `store` makes; and the prices they amount to."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -97,6 +98,10 @@ class Calibration:
             raise ConfigError(
                 f"{self.folder} cannot be written ({error}); name another folder", setting="cache"
             ) from error
+
+    def prices(self, samples: Samples) -> CalibratedPrices:
+        """What calls cost on the machine that was measured."""
+        return CalibratedPrices(samples)
 
 
 def _ignored(path: Path, problem: str) -> None:

@@ -187,9 +187,15 @@ class CallModel:
 
 
 def _between(table: Mapping[int, float], tokens: float) -> float:
-    """Linear between the sizes of a table in ascending order, constant below; beyond, the last slope goes on."""
+    """Linear between the sizes of a table in ascending order; outside, the nearest slope goes on.
+
+    Towards no tokens it stops at 0: a small call has no less overhead than none, unless a larger one has.
+    """
     sizes, values = list(table), list(table.values())
-    if tokens > sizes[-1] and len(sizes) > 1:
-        slope = (values[-1] - values[-2]) / (sizes[-1] - sizes[-2])
-        return values[-1] + slope * (tokens - sizes[-1])
-    return float(np.interp(tokens, sizes, values))
+    if len(sizes) == 1 or sizes[0] <= tokens <= sizes[-1]:
+        return float(np.interp(tokens, sizes, values))
+    low, high = (0, 1) if tokens < sizes[0] else (-2, -1)
+    slope = (values[high] - values[low]) / (sizes[high] - sizes[low])
+    if low == 0:
+        return max(values[0] + slope * (tokens - sizes[0]), min(0.0, values[0]))
+    return values[-1] + slope * (tokens - sizes[-1])

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from anabranch.costs.traffic import FloatArray
-from anabranch.errors import ConfigError
 
 
 class Curve:
@@ -13,21 +12,22 @@ class Curve:
 
     Below the smallest measured size its time stands for latency: even nothing takes that long. Beyond the largest
     the rate of the last two points goes on. A point faster than a smaller one is measurement noise and is lifted.
-    Raises ConfigError for fewer than two points.
+    One point alone, or two equal last ones, say nothing about the rate: then it is the largest size's own.
     """
 
     def __init__(self, ms_by_size: Mapping[int, float]) -> None:
-        if len(ms_by_size) < 2:
-            raise ConfigError(
-                "needs two sizes or more, to tell latency from rate; measure again", setting="samples"
-            )
         self._size = np.array(sorted(ms_by_size), dtype=np.float64)
         self._ms = np.maximum.accumulate([ms_by_size[size] for size in sorted(ms_by_size)])
-        rise = (self._ms[-1] - self._ms[-2]) / (self._size[-1] - self._size[-2])
-        # Two equal last points say nothing about the rate: then the largest size's own.
-        self._beyond = float(rise if rise > 0 else self._ms[-1] / self._size[-1])
-        self.rate_ms = float((self._ms[-1] - self._ms[0]) / (self._size[-1] - self._size[0])) or self._beyond
+        own = float(self._ms[-1] / max(self._size[-1], 1.0))
+        self._beyond = self._rise(-2) or own
+        self.rate_ms = self._rise(0) or own
         """ms a unit of size, over all points."""
+
+    def _rise(self, first: int) -> float:
+        """Slope from one point to the last; 0.0 where they are the same."""
+        if self._size.size == 1:
+            return 0.0
+        return float((self._ms[-1] - self._ms[first]) / (self._size[-1] - self._size[first]))
 
     def ms(self, size: FloatArray | float) -> FloatArray:
         """Times of sizes of at least 0, of the same shape."""

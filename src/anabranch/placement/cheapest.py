@@ -125,17 +125,20 @@ class CheapestChoice:
         return {name: plan for name, plan in plans.items() if plan.guests or name in (idle[0], kept)}
 
 
-def candidate_planners(prices: Prices, nodes: Nodes, epsilon: float, slots: int) -> dict[str, Planner]:
+def candidate_planners(prices: Prices | None, nodes: Nodes, epsilon: float, slots: int) -> dict[str, Planner]:
     """The planners worth pricing on these nodes, by their names: the simplest first.
 
     `bounded` hosts a guest for no fewer rows than pay for its weights on the links it takes: on several nodes that
     makes it two planners, one with guests within nodes and one with guests anywhere; likewise `exact`, which takes
-    guests at any price. epsilon, slots: as of `BoundedPlanner`, which raises ConfigError for a bad one.
+    guests at any price. prices: None before anything was measured, for the same planners with guests of any size,
+    whose planning is to be timed. epsilon, slots: as of `BoundedPlanner`, which raises ConfigError for a bad one.
     """
-    across = nodes.count > 1
-    anywhere = [BoundedPlanner(epsilon, slots, prices.guest_rows(across_nodes=across)), ExactPlanner()]
+
+    def bounded(*, across_nodes: bool) -> BoundedPlanner:
+        return BoundedPlanner(epsilon, slots, prices.guest_rows(across_nodes=across_nodes) if prices else 0)
+
     found: list[Planner] = [StaticPlanner()]
-    if across and nodes.count < nodes.ranks:
-        near = BoundedPlanner(epsilon, slots, prices.guest_rows(across_nodes=False))
-        found += [WithinNode(near, nodes), WithinNode(ExactPlanner(), nodes)]
-    return {planner.name: planner for planner in [*found, *anywhere]}
+    if 1 < nodes.count < nodes.ranks:
+        found += [WithinNode(bounded(across_nodes=False), nodes), WithinNode(ExactPlanner(), nodes)]
+    found += [bounded(across_nodes=nodes.count > 1), ExactPlanner()]
+    return {planner.name: planner for planner in found}

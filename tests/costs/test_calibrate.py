@@ -1,0 +1,91 @@
+import json
+
+import pytest
+from tests.telemetry.test_samples import made_up_samples
+
+from anabranch.costs.calibrate import Calibration, cache_key
+from anabranch.errors import ConfigError
+
+FACTS = {
+    "hosts": ("n0", "n0", "n1"),
+    "lab": "1x3 inter=200mbit",
+    "software": {"torch": "2.13", "anabranch": "0.1"},
+    "shape": {"hidden": 64, "experts": 16},
+    "codecs": ("none", "int8"),
+    "dtype": "float32",
+}
+
+
+def test_what_was_stored_is_loaded(tmp_path):
+    calibration = Calibration(tmp_path / "new" / "folder")
+    assert calibration.load("a") is None
+    calibration.store("a", made_up_samples())
+    calibration.store("b", made_up_samples(hidden=32))
+    calibration.store("b", made_up_samples(hidden=16))
+    assert calibration.load("a") == made_up_samples()
+    assert calibration.load("b").hidden == 16
+    assert sorted(path.name for path in calibration.folder.iterdir()) == ["samples-a.json", "samples-b.json"]
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("hosts", ("n0", "n1", "n1")),
+        ("hosts", ("n0", "n0")),
+        ("lab", None),
+        ("software", {"torch": "2.14", "anabranch": "0.1"}),
+        ("shape", {"hidden": 64, "experts": 32}),
+        ("codecs", ("int8", "none")),
+        ("dtype", "bfloat16"),
+    ],
+)
+def test_the_key_depends_on_every_fact(fact, value):
+    assert cache_key(**{**FACTS, fact: value}) != cache_key(**FACTS)
+
+
+def test_the_key_does_not_depend_on_the_order_of_names():
+    again = {**FACTS, "software": dict(reversed(FACTS["software"].items()))}
+    assert cache_key(**again) == cache_key(**FACTS)
+    assert len(cache_key(**FACTS)) == 32
+
+
+def _damage(text):
+    content = json.loads(text)
+    yield text[: len(text) // 2]
+    yield ""
+    yield "[1, 2]"
+    yield json.dumps({**content, "version": 0})
+    yield json.dumps({**content, "key": "another"})
+    yield json.dumps({**content, "samples": None})
+    yield json.dumps({**content, "samples": {**content["samples"], "expert_ms": {}}})
+    yield "\udcff"
+
+
+@pytest.mark.parametrize("kind", range(8))
+def test_a_damaged_file_is_ignored_and_replaced(tmp_path, kind):
+    calibration = Calibration(tmp_path)
+    calibration.store("a", made_up_samples())
+    path = calibration.path("a")
+    damaged = list(_damage(path.read_text()))[kind]
+    path.write_bytes(damaged.encode("utf-8", "surrogateescape"))
+    with pytest.warns(RuntimeWarning, match="measured anew"):
+        assert calibration.load("a") is None
+    calibration.store("a", made_up_samples())
+    assert calibration.load("a") == made_up_samples()
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cache"):
+        Calibration(tmp_path / "file").store("a", made_up_samples())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    calibration = Calibration(tmp_path)
+    calibration.store("a", made_up_samples())
+    bad = made_up_samples()
+    object.__setattr__(bad, "copy_ms_per_mb", float("nan"))
+    with pytest.raises(ValueError, match="JSON"):
+        calibration.store("a", bad)
+    assert calibration.load("a") == made_up_samples()
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+
+from anabranch.costs.links import Busiest, Links
+from anabranch.placement.nodes import Nodes
+
+PAIRS = Nodes.of("aabb")
+TABLES = {"intra": {0: 1.0, 100: 2.0}, "inter": {0: 3.0, 100: 13.0}}
+
+
+def test_the_busiest_node_counts_shared_by_its_ranks():
+    sent_RR = np.array([[9, 4, 10, 0], [2, 9, 0, 20], [0, 0, 9, 0], [5, 0, 0, 9]], dtype=float)
+    # Within the first node 6 rows, between the nodes 30 one way and 5 the other.
+    assert Links(TABLES, PAIRS).busiest(sent_RR) == Busiest(intra=3.0, inter=15.0)
+
+
+def test_receiving_much_is_as_slow_as_sending_much():
+    links, rng = Links(TABLES, Nodes.of("aabbcc")), np.random.default_rng(0)
+    sent_RR = rng.random((6, 6))
+    assert links.busiest(sent_RR) == pytest.approx(links.busiest(sent_RR.T))
+
+
+def test_nodes_of_different_sizes_share_among_their_own_ranks():
+    sent_RR = np.array([[0, 0, 6], [0, 0, 6], [0, 0, 0]], dtype=float)
+    assert Links(TABLES, Nodes.of("aab")).busiest(sent_RR) == Busiest(intra=0.0, inter=12.0)
+
+
+def test_the_slower_class_counts():
+    links = Links(TABLES, PAIRS)
+    assert links.ms(Busiest(intra=50.0, inter=1.0), 1.0) == pytest.approx(3.1)
+    assert links.ms(Busiest(intra=50.0, inter=10.0), 10.0) == pytest.approx(13.0)
+    assert links.ms(Busiest(intra=50.0, inter=1.0), 2.0, ("intra",)) == pytest.approx(2.0)
+
+
+def test_nothing_to_send_takes_the_latency():
+    links = Links(TABLES, PAIRS)
+    nothing = links.busiest(np.zeros((4, 4)))
+    assert links.ms(nothing, 100.0) == 3.0
+    assert links.ms(nothing, 100.0, ("intra",)) == 1.0
+
+
+def test_a_class_without_peers_costs_nothing():
+    links = Links({"intra": TABLES["intra"]}, Nodes.single(4))
+    assert links.ms(Busiest(100.0, 0.0), 1.0) == 2.0
+    assert links.ms(Busiest(100.0, 0.0), 1.0, ("inter",)) == 0.0
