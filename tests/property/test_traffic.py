@@ -4,10 +4,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anabranch.costs.links import Links
 from anabranch.costs.traffic import Flow, distinct
 from anabranch.placement.assign import send_RE
 from anabranch.placement.base import Homes, Plan
 from anabranch.placement.nodes import Nodes
+from anabranch.placement.static import StaticPlanner
 
 TRANSPORTS = ("all_to_all", "dedup", "two_level")
 
@@ -109,3 +111,24 @@ def test_zero_rows_make_zero_traffic(flow):
     still = Flow(Plan(nothing, nothing, flow.plan.homes, 0), flow.nodes, flow.top_k)
     for transport in TRANSPORTS:
         assert not any(hop.rows_RR.any() for hop in still.hops(transport))
+
+
+@given(flow=flows(), seed=st.integers(0, 2**32 - 1))
+def test_ranks_of_a_node_are_interchangeable_to_the_price(flow, seed):
+    """With experts at home, renaming ranks changes no exchange's busiest node, if each stays in its node and, for
+    the rails of `two_level`, ranks that share a place go on sharing one."""
+    nodes, counts_RE, homes = flow.nodes, flow.plan.counts_RE, flow.plan.homes
+    rng = np.random.default_rng(seed)
+    order_GM = nodes.rank_GM[:, rng.permutation(nodes.per_node)]
+    sigma_R = np.empty(nodes.ranks, dtype=np.int64)
+    sigma_R[nodes.rank_GM.ravel()] = order_GM.ravel()
+    renamed_RE = np.empty_like(counts_RE)
+    renamed_RE[sigma_R] = counts_RE
+    renamed = Homes(sigma_R[homes.rank_E], homes.slot_E, homes.ranks)
+    before = Flow(StaticPlanner().plan(counts_RE, homes), nodes, flow.top_k)
+    after = Flow(StaticPlanner().plan(renamed_RE, renamed), nodes, flow.top_k)
+    links = Links({}, nodes)
+    for transport in TRANSPORTS:
+        for one, two in zip(before.hops(transport), after.hops(transport), strict=True):
+            np.testing.assert_allclose(two.rows_RR[np.ix_(sigma_R, sigma_R)], one.rows_RR, atol=1e-9)
+            np.testing.assert_allclose(links.busiest(two.rows_RR), links.busiest(one.rows_RR), atol=1e-9)

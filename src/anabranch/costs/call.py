@@ -189,7 +189,7 @@ class CallModel:
 def _between(table: Mapping[int, float], tokens: float) -> float:
     """Linear between the sizes of a table in ascending order; outside, the nearest slope goes on.
 
-    Towards no tokens it stops at 0: a small call has no less overhead than none, unless a larger one has.
+    Below the smallest size it does not fall under 0, where it is not negative already.
     """
     sizes, values = list(table), list(table.values())
     if len(sizes) == 1 or sizes[0] <= tokens <= sizes[-1]:

@@ -81,11 +81,12 @@ class CheapestChoice:
         if self._kept is not None and not self._due(max_mean):
             planner, exchange = self._kept
             return Choice(self.planners[planner].plan(counts_RE, homes), exchange, planner)
-        early = self._calls_since < self.review_every
         before = self._kept
         choice = self._review(counts_RE, homes)
-        changed = self._kept != before
-        self._soonest = SOONEST if changed or not early else min(2 * self._soonest, self.review_every)
+        if self._kept != before:
+            self._soonest = SOONEST
+        elif self._calls_since < self.review_every:
+            self._soonest = min(2 * self._soonest, self.review_every)
         self._calls_since, self._reviewed_max_mean = 0, max_mean
         return choice
 
