@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from anabranch.errors import PlanError
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.placement.base import Homes, IntArray, Plan
+from anabranch.placement.choice import Exchange, FixedChoice
 from anabranch.placement.policy import make_planner
-from anabranch.transport import make_transport
+from anabranch.transport import Domain, make_domain, make_transport
 from run_distributed import RankPool
 
 EXPERTS, TOP_K, TOKENS, HIDDEN = 4, 2, 12, 6
@@ -43,13 +44,17 @@ def multiply(weights: Sequence[Tensor], rows_ND: Tensor, ends_J: Tensor, slot_N:
     return rows_ND * weights[0][slot_N]
 
 
-def layer(transport: str = "all_to_all") -> tuple[AdaptiveExperts, CountingPlanner]:
-    group, planner = dist.group.WORLD, CountingPlanner()
-    assert group is not None
+def domain() -> Domain:
+    assert dist.group.WORLD is not None
+    return make_domain(dist.group.WORLD, torch.device("cpu"))
+
+
+def layer(transport: str = "all_to_all", chunks: int = 1) -> tuple[AdaptiveExperts, CountingPlanner]:
+    planner = CountingPlanner()
     homes = Homes.contiguous(EXPERTS, dist.get_world_size())
-    return AdaptiveExperts(
-        group, homes, planner, make_transport(transport, group, top_k=TOP_K), multiply
-    ), planner
+    chooser = FixedChoice(planner, Exchange(transport, chunks))
+    transports = {transport: make_transport(transport, domain())}
+    return AdaptiveExperts(domain().group, homes, chooser, transports, multiply), planner
 
 
 def own_experts() -> Tensor:
@@ -205,3 +210,27 @@ def operands_are_homes() -> list[bool]:
 
 def test_home_weights_stay_where_they_are(ranks2: RankPool) -> None:
     assert ranks2.run(operands_are_homes) == [[True], [True, False]]
+
+
+def in_chunks(chunks: int, transport: str) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Output and gradients of a micro-batch whose exchange and computation overlap, and its guests."""
+    adaptive, _ = layer(transport, chunks)
+    seen: list[Observation] = []
+    adaptive.observers.append(seen.append)
+    home = own_experts()
+    x_SD, ids_SK, weights_SK = micro_batch(0)
+    y_SD = adaptive([home], x_SD, ids_SK, weights_SK)
+    y_SD.square().sum().backward()
+    assert x_SD.grad is not None
+    assert home.grad is not None
+    return y_SD.detach(), x_SD.grad, home.grad, seen[0].plan.guests
+
+
+@pytest.mark.parametrize("transport", ["dedup", "two_level"])
+@pytest.mark.parametrize("chunks", [2, 4, 2 * TOKENS])
+def test_chunks_change_nothing(chunks: int, transport: str, ranks2: RankPool) -> None:
+    """Also more chunks than tokens: some are empty."""
+    whole, parts = (ranks2.run(in_chunks, c, transport) for c in (1, chunks))
+    for (*expected, guests), (*found, _) in zip(whole, parts, strict=True):
+        assert guests == 1
+        torch.testing.assert_close(found, expected)

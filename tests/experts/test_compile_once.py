@@ -15,8 +15,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from anabranch.experts.adaptive import AdaptiveExperts
 from anabranch.experts.grouped import experts_forward
 from anabranch.placement.base import Homes
+from anabranch.placement.choice import Exchange, FixedChoice
 from anabranch.placement.policy import make_planner
-from anabranch.transport.choose import make_transport
+from anabranch.transport import make_domain, make_transport
 from anabranch.workload.routing import WORKLOADS, reachable_max_mean, routing_ids
 from run_distributed import RankPool
 
@@ -40,9 +41,10 @@ def _layer(dtype: torch.dtype) -> tuple[AdaptiveExperts, list[nn.Parameter]]:
     names = [name for name, _ in module.named_parameters()]
     group = dist.group.WORLD
     assert group is not None
-    transport = make_transport("all_gather", group, top_k=TOP_K)
+    transport = make_transport("all_gather", make_domain(group, torch.device("cpu")))
     forward = experts_forward(module, names, module.forward)
-    layer = AdaptiveExperts(group, homes, make_planner("exact"), transport, forward)
+    chooser = FixedChoice(make_planner("exact"), Exchange("all_gather"))
+    layer = AdaptiveExperts(group, homes, chooser, {"all_gather": transport}, forward)
     return layer, [module._parameters[name] for name in names]
 
 
@@ -66,7 +68,8 @@ def _run(
     weights = torch.rand(TOKENS, TOP_K, generator=draw).to(home[0].dtype).requires_grad_()
     for p in home:
         p.grad = None
-    y = step(home, x, weights, layer.prepare(layer._plan(ids), ids))
+    choice = layer.choose(ids)
+    y = step(home, x, weights, layer.prepare(choice.plan, choice.exchange, ids))
     y.float().square().sum().backward()
     return [t.detach() for t in (y, x.grad, weights.grad, *(p.grad for p in home)) if t is not None]
 
@@ -84,7 +87,7 @@ def _compiles_once(dtype_name: str, backend_name: str, routings: int) -> dict[st
     worst, guests = 0.0, 0
     for index in range(routings):
         ids = _routing(index)
-        guests += layer._plan(ids).guests
+        guests += layer.choose(ids).plan.guests
         for ours, eager in zip(
             _run(compiled, layer, home, ids, index), _run(layer.run, layer, home, ids, index), strict=True
         ):

@@ -12,6 +12,7 @@ of a typical gradient here, which leaves every update a normalised one and holds
 as gradients.
 """
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,8 @@ class Layout(NamedTuple):
     ep: int
     planner: str = "exact"
     transport: str = "all_to_all"
+    chunks: int = 1
+    per_node: int | None = None  # ranks that share a node; None: all
     tp: int = 1
     epsilon: float = 0.02
     slots: int = 2
@@ -162,7 +165,12 @@ def on_rank(folder: Path, layout: Layout) -> Outcome:
 
 
 def load(folder: Path, layout: Layout) -> PreTrainedModel:
-    anabranch.enable(layout.planner, layout.epsilon, layout.slots, layout.transport)
+    if layout.per_node is not None:
+        os.environ["GROUP_RANK"] = str(dist.get_rank() // layout.per_node)
+    cache = str(folder.parent / "cache")
+    anabranch.enable(
+        layout.planner, layout.epsilon, layout.slots, layout.transport, layout.chunks, cache=cache
+    )
     config = DistributedConfig(
         fsdp_size=layout.fsdp, ep_size=layout.ep, tp_size=layout.tp, ep_implementation="anabranch"
     )
@@ -173,6 +181,7 @@ def load(folder: Path, layout: Layout) -> PreTrainedModel:
             experts_implementation=layout.experts_implementation,
             distributed_config=config,
         )
+    os.environ.pop("GROUP_RANK", None)
     if layout.reentrant is not None:
         model.activation_checkpointing_enable({"use_reentrant": layout.reentrant})
     return model

@@ -15,7 +15,9 @@ from anabranch.experts.adaptive import Observation
 from anabranch.integrations.callback import AdaptiveCallback, LayerWatch, Seen, _summed, decoder_layer
 from anabranch.integrations.transformers import LAYER_ATTRIBUTE, adaptive_layers
 from anabranch.placement.base import Homes, Plan, max_over_mean
+from anabranch.placement.choice import Choice, Exchange
 from anabranch.training.origin import find_origin
+from anabranch.transport.base import Traffic
 
 FIGURES = (
     "max_mean_before", "max_mean_after", "guests", "token_bytes", "weight_bytes", "plan_ms", "step_ms", "joules",
@@ -207,7 +209,9 @@ def sum_over_groups():
     routed = np.array([[5, 1], [5, 1]]) if rank < 2 else np.array([[2, 4], [2, 4]])
     placed = np.array([[6, 0], [4, 2]]) if rank < 2 else np.diag([4, 8])
     plan = Plan(routed, placed, homes, 6)
-    seen = [Seen(3, Observation(plan, torch.zeros(6, 1), 10**10 + rank, 10 * rank, 0.5 * rank))]
+    choice = Choice(plan, Exchange("dedup"), "exact")
+    tokens, weights = Traffic(10**10, rank), Traffic(10 * rank, 0)
+    seen = [Seen(3, Observation(choice, torch.zeros(6, 1), tokens, weights, 0.5 * rank))]
     return _summed(seen, 20.0, float(rank), "estimate")
 
 

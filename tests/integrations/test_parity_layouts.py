@@ -139,6 +139,21 @@ def test_gradients_accumulate_over_micro_batches(
     compare(ranks2, judge, family, Layout(fsdp=2, ep=2, planner=planner, transport=transport, accumulate=2))
 
 
+@pytest.mark.parametrize(
+    ("family", "experts", "layout"),
+    [
+        ("mixtral", 8, Layout(fsdp=4, ep=4, transport="two_level", per_node=2, chunks=2)),
+        ("gpt_oss", 7, Layout(fsdp=4, ep=4, transport="two_level", per_node=2, chunks=3)),
+        ("deepseek_v3", 8, Layout(fsdp=4, ep=4, transport="dedup", chunks=4, planner="bounded")),
+        ("olmoe", 8, Layout(fsdp=4, ep=4, transport="two_level", per_node=1, chunks=2)),
+        ("qwen3_moe", 8, Layout(fsdp=4, ep=2, transport="two_level", per_node=1, chunks=2, accumulate=2)),
+        ("phimoe", 8, Layout(fsdp=4, ep=4, transport="two_level", per_node=2, chunks=2, reentrant=False)),
+    ],
+)
+def test_chunks_that_overlap(family, experts, layout, ranks4: RankPool, judge: Judge) -> None:
+    compare(ranks4, judge, family, layout, experts)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
 @pytest.mark.parametrize(
     ("family", "transport"),
@@ -160,6 +175,15 @@ def test_reference_planners(planner, ranks4: RankPool, judge: Judge) -> None:
 def test_the_defaults(family, ranks4: RankPool, judge: Judge) -> None:
     layout = Layout(fsdp=4, ep=4, planner="bounded", epsilon=0.05, slots=2, transport="auto")
     compare(ranks4, judge, family, layout)
+
+
+@pytest.mark.parametrize("per_node", [1, 2, 4])
+def test_plan_and_exchange_by_price(per_node: int, ranks4: RankPool, judge: Judge) -> None:
+    """Whatever is chosen, and whenever the choice changes."""
+    layout = Layout(fsdp=4, ep=4, planner="auto", transport="auto", per_node=per_node)
+    outcomes = ranks4.run(on_rank, judge.checkpoint("mixtral"), layout)
+    errors = judge.errors(outcomes, "mixtral", batches=4)
+    assert errors.worst <= BOUND, errors
 
 
 def norm_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:

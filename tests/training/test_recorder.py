@@ -14,8 +14,10 @@ from transformers import TrainerControl, TrainerState
 from anabranch.experts.adaptive import Observation
 from anabranch.integrations.callback import Seen, StepBalance
 from anabranch.placement.base import Homes, Plan
+from anabranch.placement.choice import Choice, Exchange
 from anabranch.telemetry.record import LayerRecord
 from anabranch.training.recorder import OrderlyStop, StepRecorder, TraceRecorder
+from anabranch.transport.base import Traffic
 from anabranch.workload.trace import load_trace
 
 LAYER = LayerRecord(3, 9, 8, 7.5, 1, 10, 20, 0.1, True)
@@ -149,7 +151,9 @@ IDS_SK = torch.tensor([[0, 0], [0, 1]])
 
 def observe(recorder, layer):
     plan = Plan(COUNTS_RE, COUNTS_RE, Homes.contiguous(4, 2), 4)
-    recorder._watch.seen.append(Seen(layer, Observation(plan, IDS_SK, 0, 0, 0.0)))
+    choice = Choice(plan, Exchange("dedup"), "static")
+    seen = Observation(choice, IDS_SK, Traffic(0, 0), Traffic(0, 0), 0.0)
+    recorder._watch.seen.append(Seen(layer, seen))
 
 
 def end_of_traced_step(recorder, step, *, rank):

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tests.training.starting import start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anabranch.errors import AnabranchError
 from anabranch.integrations.transformers import AdaptiveSettings
 from anabranch.training.config import RunConfig
-from anabranch.training.runner import run
 from anabranch.training.trainer import AdaptiveTrainer
 from anabranch.workload.trace import load_trace
 
@@ -30,7 +30,7 @@ IDS_BS = torch.arange(60).reshape(2, 30) % 50 + 1
 
 def train(settings):
     """On a rank: the summary of a run as JSON gives it back."""
-    return json.loads(json.dumps(run(RunConfig.from_dict(settings)).to_dict()))
+    return json.loads(json.dumps(start(RunConfig.from_dict(settings)).to_dict()))
 
 
 def train_and_look(settings):
@@ -66,7 +66,7 @@ class Interrupts:
 
 def train_interrupted(settings, step, number):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    summary = run(RunConfig.from_dict(settings), [Interrupts(step, number)])
+    summary = start(RunConfig.from_dict(settings), [Interrupts(step, number)])
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     return summary.to_dict()
 
@@ -74,7 +74,7 @@ def train_interrupted(settings, step, number):
 def refused(settings):
     """On a rank: the error of a run that must not start, as its type's name and its text."""
     try:
-        run(RunConfig.from_dict(settings))
+        start(RunConfig.from_dict(settings))
     except AnabranchError as error:
         return type(error).__name__, str(error)
     return None

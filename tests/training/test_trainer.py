@@ -4,10 +4,10 @@ import os
 import signal
 
 import pytest
+from tests.training.starting import start
 
 from anabranch.training.checkpoints import complete_checkpoints
 from anabranch.training.config import RunConfig
-from anabranch.training.runner import run
 
 
 class Interrupts:
@@ -32,20 +32,20 @@ def settings(toy_run, tmp_path):
 
 
 def test_checkpoints_resume_exactly_past_the_end_of_the_text(settings, tmp_path):
-    whole = run(RunConfig(**settings))
+    whole = start(RunConfig(**settings))
     assert len(whole.losses) == 15
     # The second time through, the same windows come in the same order: the model knows them better.
     assert whole.losses[6] != whole.losses[0]
     parts = settings | {"out": str(tmp_path / "parts")}
-    assert run(RunConfig(**parts), [Interrupts(4)]).steps == 5
-    assert run(RunConfig(**parts, resume=True), [Interrupts(9)]).steps == 10
-    resumed = run(RunConfig(**parts, resume=True))
+    assert start(RunConfig(**parts), [Interrupts(4)]).steps == 5
+    assert start(RunConfig(**parts, resume=True), [Interrupts(9)]).steps == 10
+    resumed = start(RunConfig(**parts, resume=True))
     assert resumed.losses == whole.losses
     assert resumed.eval_loss == whole.eval_loss
 
 
 def test_the_two_newest_checkpoints_are_kept_complete(settings, tmp_path):
-    run(RunConfig(**settings))
+    start(RunConfig(**settings))
     folder = tmp_path / "whole" / "checkpoints"
     kept = ["checkpoint-12", "checkpoint-15"]
     assert [path.name for path in complete_checkpoints(folder)] == kept
@@ -53,12 +53,12 @@ def test_the_two_newest_checkpoints_are_kept_complete(settings, tmp_path):
 
 
 def test_a_run_saves_nothing_unasked(settings, tmp_path):
-    run(RunConfig(**settings | {"save_every": 0, "steps": 2}))
+    start(RunConfig(**settings | {"save_every": 0, "steps": 2}))
     assert not list((tmp_path / "whole").glob("checkpoints/*"))
 
 
 def test_an_interruption_saves_even_so(settings, tmp_path):
-    assert run(RunConfig(**settings | {"save_every": 0}), [Interrupts(1)]).stopped_early
+    assert start(RunConfig(**settings | {"save_every": 0}), [Interrupts(1)]).stopped_early
     assert [path.name for path in complete_checkpoints(tmp_path / "whole" / "checkpoints")] == [
         "checkpoint-2"
     ]

@@ -1,34 +1,42 @@
-"""Transports by name, and what `auto` stands for."""
+"""Transports by name, and what `auto` chooses from."""
 
 import pytest
-import torch.distributed as dist
 
 from anabranch.errors import ConfigError
+from anabranch.placement.choice import Exchange
+from anabranch.placement.nodes import Nodes
 from anabranch.transport import TRANSPORTS
-from anabranch.transport.choose import check_transport, make_transport
-from run_distributed import RankPool
+from anabranch.transport.choose import OVERLAPPING, candidate_exchanges, require_transport
 
 
 def test_an_unknown_name_is_told_with_the_nearest() -> None:
     with pytest.raises(
-        ConfigError, match="transport: 'deduplicate' is not one of auto, all_to_all, dedup"
+        ConfigError, match="transport: 'deduplicate' is not one of all_to_all, dedup"
     ) as caught:
-        check_transport("deduplicate")
+        require_transport("deduplicate")
     assert caught.value.setting == "transport"
     with pytest.raises(ConfigError, match="Did you mean 'all_gather'"):
-        check_transport("allgather")
-    for name in ("auto", *TRANSPORTS):
-        check_transport(name)
+        require_transport("allgather")
+    with pytest.raises(ConfigError, match="not one of auto, all_to_all"):
+        require_transport("automatic", "auto")
+    require_transport("auto", "auto")
+    for name in TRANSPORTS:
+        require_transport(name)
 
 
-def chosen(name: str, top_ks: list[int]) -> list[str]:
-    group = dist.group.WORLD
-    assert group is not None
-    return [make_transport(name, group, top_k=k).name for k in top_ks]
-
-
-def test_auto_moves_fewer_rows(ranks2: RankPool, ranks4: RankPool) -> None:
-    """Two ranks: a token leaves for one rank at most. Four: it needs several experts until ranks coincide."""
-    assert ranks2.run(chosen, "auto", [1, 2, 3, 8]) == [["all_to_all", "all_to_all", "dedup", "dedup"]] * 2
-    assert ranks4.run(chosen, "auto", [1, 2, 4, 8]) == [["all_to_all", "all_to_all", "dedup", "dedup"]] * 4
-    assert ranks2.run(chosen, "all_gather", [1]) == [["all_gather"]] * 2
+@pytest.mark.parametrize(
+    ("node_R", "levels"),
+    [
+        ([0], set()),
+        ([0, 0], {"dedup"}),
+        ([0, 1, 2], {"dedup"}),
+        ([0, 0, 1, 1], {"dedup", "two_level"}),
+        ([0, 0, 1], {"dedup"}),
+    ],
+    ids=["one rank", "one node", "one rank a node", "two nodes", "uneven nodes"],
+)
+def test_two_levels_need_two_levels(node_R: list[int], levels: set[str]) -> None:
+    found = candidate_exchanges(Nodes.of(node_R))
+    assert Exchange("all_to_all") in found
+    assert {e.transport for e in found} == {"all_to_all"} | levels
+    assert {e.transport for e in found if e.chunks > 1} == levels <= set(OVERLAPPING)

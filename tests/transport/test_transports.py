@@ -4,6 +4,7 @@ Expert e here multiplies a row by e + 1, so that a row in the wrong slot shows. 
 `anabranch/transport/base.py`; R ranks, E experts, S tokens of a rank, K experts a token.
 """
 
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from anabranch.placement.base import Homes, IntArray, Plan
 from anabranch.placement.guests import guest_experts
-from anabranch.transport import TRANSPORTS, Seats, Transport
+from anabranch.transport import TRANSPORTS, Domain, Seats, make_domain, make_transport
 from run_distributed import RankPool
 
 HIDDEN = 5
@@ -37,6 +38,7 @@ class Seen(NamedTuple):
     buffer_rows: int
     sent: int
     returned: int
+    sent_far: int
 
 
 def case(ranks: int, experts: int, tokens: list[int], top_k: int, seed: int, *, hot: bool = False) -> Case:
@@ -57,14 +59,23 @@ def seats_of(plan: Plan) -> Seats:
     return Seats(np.concatenate([home_RL, guest_experts(plan)], axis=1), plan.homes.slots)
 
 
-def round_trip(name: str, case: Case) -> Seen:
-    group, rank = dist.group.WORLD, dist.get_rank()
-    assert group is not None
+def domain(per_node: int) -> Domain:
+    """All ranks, `per_node` on each node."""
+    os.environ["GROUP_RANK"] = str(dist.get_rank() // per_node)
+    try:
+        assert dist.group.WORLD is not None
+        return make_domain(dist.group.WORLD, torch.device("cpu"))
+    finally:
+        del os.environ["GROUP_RANK"]
+
+
+def round_trip(name: str, case: Case, per_node: int = 4, chunks: int = 1) -> Seen:
+    rank = dist.get_rank()
     homes = Homes.contiguous(case.experts, len(case.ids))
     counts_RE = np.stack([np.bincount(i.ravel(), minlength=case.experts) for i in case.ids])
     plan = Plan(counts_RE, case.quota_RE, homes, cap=int(case.quota_RE.sum(axis=1).max()))
     seats = seats_of(plan)
-    transport: Transport = TRANSPORTS[name](group)
+    transport = make_transport(name, domain(per_node))
     ids_SK = torch.from_numpy(case.ids[rank])
     torch.manual_seed(rank)
     x_SD, grad_SD = torch.randn(2, ids_SK.shape[0], HIDDEN, dtype=torch.float64).unbind()
@@ -75,20 +86,26 @@ def round_trip(name: str, case: Case) -> Seen:
     expected_SD = direct[0] * (direct[1] * (ids_SK + 1)).sum(dim=1, keepdim=True)
     expected_SD.backward(grad_SD)
 
-    route = transport.route(plan, seats, ids_SK)
-    rows_ND, weight_N = transport.dispatch(routed[0], routed[1], route)
+    routes = transport.route(plan, seats, ids_SK, chunks)
     factor_J = torch.from_numpy(seats.expert_RJ[rank] + 1).double()
-    y_ND = rows_ND * factor_J[route.slots.slot_N].unsqueeze(-1)
-    output_SD = transport.combine(y_ND, weight_N, routed[1], route)
+    outputs, rows_CJ = [], []
+    for route in routes:
+        span = (routed[0][route.tokens], routed[1][route.tokens])
+        rows_ND, weight_N = transport.dispatch(*span, route)()
+        y_ND = rows_ND * factor_J[route.slots.slot_N].unsqueeze(-1)
+        outputs.append(transport.combine(y_ND, weight_N, span[1], route)())
+        rows_CJ.append(torch.diff(route.slots.ends_J, prepend=torch.zeros(1, dtype=torch.int32)))
+    output_SD = torch.cat(outputs)
     output_SD.backward(grad_SD)
     return Seen(
         *(largest_difference(a, b) for a, b in [
             (output_SD, expected_SD), (routed[0].grad, direct[0].grad), (routed[1].grad, direct[1].grad)
         ]),
-        torch.diff(route.slots.ends_J, prepend=torch.zeros(1, dtype=torch.int32)).tolist(),
-        rows_ND.shape[0],
-        route.sent_tokens,
-        route.returned_tokens,
+        torch.stack(rows_CJ).sum(dim=0).tolist(),
+        sum(route.rows if not transport.fixed_size else rows_ND.shape[0] for route in routes),
+        sum(sum(hop.sent) for route in routes for hop in route.hops),
+        sum(sum(hop.returned) for route in routes for hop in route.hops),
+        sum(hop.sent.inter for route in routes for hop in route.hops),
     )  # fmt: skip
 
 
@@ -152,4 +169,26 @@ def test_a_token_travels_once_to_a_rank(ranks2: RankPool) -> None:
     sent = {name: [(s.sent, s.returned) for s in ranks2.run(round_trip, name, made)] for name in TRANSPORTS}
     assert sent["all_to_all"] == [(10, 6), (6, 10)]
     assert sent["dedup"] == [(5, 3), (3, 5)]
+    assert sent["two_level"] == sent["dedup"]
     assert sent["all_gather"] == [(5, 5), (5, 5)]
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("name", ["dedup", "two_level"])
+@pytest.mark.parametrize("arguments", CASES.values(), ids=CASES.keys())
+def test_nodes_and_chunks_change_nothing(name: str, arguments, chunks: int, request) -> None:
+    """Four ranks as two nodes of two, two ranks as two nodes of one; tokens in one piece, and in three."""
+    made = case(*arguments)
+    pool: RankPool = request.getfixturevalue(f"ranks{arguments[0]}")
+    check(pool.run(round_trip, name, made, max(1, arguments[0] // 2), chunks), name, made)
+
+
+def test_a_token_travels_once_to_a_node(ranks4: RankPool) -> None:
+    """Two nodes of two ranks, every expert a token: over the slow link dedup sends a token to each of two ranks."""
+    ids = [np.tile(np.arange(4), (s, 1)) for s in (5, 3, 4, 2)]
+    made = Case(ids, 14 * np.eye(4, dtype=np.int64), 4)
+    far = {
+        name: [s.sent_far for s in ranks4.run(round_trip, name, made, 2)]
+        for name in ("all_to_all", "dedup", "two_level")
+    }
+    assert far == {"all_to_all": [10, 6, 8, 4], "dedup": [10, 6, 8, 4], "two_level": [5, 3, 4, 2]}

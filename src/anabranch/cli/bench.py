@@ -20,7 +20,7 @@ from anabranch.cli.process import under_torchrun
 from anabranch.errors import ConfigError, TraceError
 from anabranch.training.config import DTYPES
 from anabranch.training.folder import require_folder
-from anabranch.transport.choose import check_transport
+from anabranch.transport.choose import require_transport
 from anabranch.workload.trace import load_trace
 
 bench = typer.Typer(help="Measure; every figure in the documentation comes from here.", no_args_is_help=True)
@@ -49,7 +49,7 @@ def balance(
     ranks: Annotated[list[int] | None, typer.Option(min=2, help="group sizes [default: 2 and 4]")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="measured rounds per policy")] = 5,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    transport: Annotated[str, typer.Option(help="of our policies")] = "auto",
+    transport: Annotated[str, typer.Option(help="of our policies")] = "dedup",
     max_mean: Annotated[float, typer.Option(min=1.0, help="rank max/mean of the stress workloads")] = 1.5,
     trace: Annotated[
         Path | None, typer.Option(help="a trace with token ids [default: the one that ships]")
@@ -87,7 +87,7 @@ def _check(size: BalanceBench, ranks: int) -> None:
     """Raise ConfigError or TraceError for what cannot be measured, before a process is started."""
     if under_torchrun():
         raise ConfigError("the benchmark starts its own ranks; run it without torchrun", setting="ranks")
-    check_transport(size.transport)
+    require_transport(size.transport)
     if size.dtype not in DTYPES:
         raise ConfigError(f"{size.dtype!r} is unknown; use {' or '.join(DTYPES)}", setting="dtype")
     if ranks > size.experts:

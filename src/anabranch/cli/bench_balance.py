@@ -27,8 +27,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.experts.grouped import experts_forward
 from anabranch.placement.base import Homes, Plan, max_over_mean
+from anabranch.placement.choice import Exchange, FixedChoice
 from anabranch.placement.policy import make_planner
 from anabranch.transport.choose import make_transport
+from anabranch.transport.domain import make_domain
 from anabranch.workload.routing import WORKLOADS, reachable_max_mean, routing_ids
 from anabranch.workload.trace import load_trace
 
@@ -48,7 +50,7 @@ class BalanceBench:
     max_mean: float = 1.5
     rounds: int = 5
     slots: int = 4
-    transport: str = "auto"
+    transport: str = "dedup"
     dtype: str = "float32"
     trace: str = ""
 
@@ -124,12 +126,12 @@ def _policies(bench: BalanceBench, module: nn.Module, mesh: DeviceMesh) -> dict[
     names = [n for n, _ in module.named_parameters(recurse=False)]
     homes = Homes.contiguous(bench.experts, bench.ranks)
     group = mesh["ep"].get_group()
+    transports = {bench.transport: make_transport(bench.transport, make_domain(group, _device()))}
     for policy in POLICIES[1:]:
         planner = make_planner("static" if policy == "ideal" else policy, slots=bench.slots)
-        transport = make_transport(bench.transport, group, top_k=bench.top_k)
-        layer = AdaptiveExperts(
-            group, homes, planner, transport, experts_forward(module, names, module.forward)
-        )
+        chooser = FixedChoice(planner, Exchange(bench.transport))
+        forward = experts_forward(module, names, module.forward)
+        layer = AdaptiveExperts(group, homes, chooser, transports, forward)
         policies[policy] = _Policy(_ours(layer, module, names, even=policy == "ideal"), layer)
     return policies
 
@@ -194,8 +196,7 @@ def _measure(
     for turn in range(bench.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             times[name].append(_timed_ms(policies[name].step, case, module, bench.clock))
-    transport = next(policy.layer.transport.name for policy in policies.values() if policy.layer)
-    return [_row(bench, case, name, times, seen, transport) for name in names]
+    return [_row(bench, case, name, times, seen) for name in names]
 
 
 def _pair_bytes(bench: BalanceBench, plan: Plan) -> int:
@@ -229,7 +230,6 @@ def _row(
     name: str,
     times: dict[str, list[float]],
     seen: dict[str, Observation],
-    transport: str,
 ) -> dict[str, Any]:
     # Ratios are taken within a round, where the machine's other load hit both sides alike, then their median.
     mine = np.array(times[name])
@@ -256,7 +256,7 @@ def _row(
         "speedup_vs_transformers": round(speedup, 4),
         "percent_of_ideal": round(100 * of_ideal, 2),
         "plan_ms": round(shown.plan_ms, 3) if name in seen else 0.0,
-        "transport": transport if name in seen else "all_to_all",
+        "transport": bench.transport if name in seen else "all_to_all",
         "clock": bench.clock,
         **{k: v for k, v in asdict(bench).items() if k not in ("ranks", "trace", "max_mean", "transport")},
     }

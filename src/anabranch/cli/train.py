@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from anabranch.cli.display import RunDisplay
 from anabranch.cli.fail import INTERRUPTED, fails_clearly
 from anabranch.cli.launch import launch
 from anabranch.cli.process import quiet, say, under_torchrun
+from anabranch.costs.calibrate import Calibration
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.integrations.transformers import AdaptiveSettings
 from anabranch.placement.policy import make_planner
@@ -23,7 +25,7 @@ from anabranch.training.folder import write_json
 from anabranch.training.origin import Origin
 from anabranch.training.runner import run, usable_origin
 
-PLANNERS = "bounded, exact, static, least_loaded or periodic_replication"
+PLANNERS = "bounded, exact, static, least_loaded, periodic_replication, or auto"
 
 Model = Annotated[str, typer.Option(help="tiny, small, or a configuration or checkpoint folder")]
 Data = Annotated[list[str] | None, typer.Option(help="stdlib, or text files and folders [default: stdlib]")]
@@ -33,7 +35,12 @@ EpSize = Annotated[int | None, typer.Option(help="ranks that share one set of ex
 Planner = Annotated[str, typer.Option(help=PLANNERS)]
 Epsilon = Annotated[float, typer.Option(help="load above the mean that bounded tolerates")]
 GuestSlots = Annotated[int | None, typer.Option(help="guest experts a rank may host [default: 2]")]
-Transport = Annotated[str, typer.Option(help="auto, all_to_all, dedup or all_gather")]
+Transport = Annotated[str, typer.Option(help="auto, all_to_all, dedup, two_level or all_gather")]
+Chunks = Annotated[int, typer.Option(help="pieces of a micro-batch whose exchange and computation overlap")]
+DispatchWire = Annotated[
+    str, typer.Option(help="rows on their way out: none, bf16, int8, int8_stochastic, fp8")
+]
+CombineWire = Annotated[str, typer.Option(help="rows on their way back, likewise")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16")]
 Steps = Annotated[int, typer.Option(help="optimizer steps")]
 BatchSize = Annotated[int, typer.Option(help="sequences a rank computes at once")]
@@ -56,7 +63,12 @@ def train_rank(settings: dict[str, Any]) -> dict[str, Any]:
     config = RunConfig.from_dict(settings)
     first = os.environ.get("RANK", "0") == "0"
     with closing(RunDisplay(config.experts.planner, config.steps)) if first else nullcontext() as display:
-        return run(config, [display] if display else []).to_dict()
+        return run(config, calibration(config), [display] if display else []).to_dict()
+
+
+def calibration(config: RunConfig) -> Calibration:
+    """Where the measurements behind `auto` are kept."""
+    return Calibration(Path(config.cache).expanduser() / "calibration")
 
 
 @fails_clearly
@@ -70,6 +82,9 @@ def train(
     epsilon: Epsilon = 0.05,
     slots: GuestSlots = None,
     transport: Transport = "auto",
+    chunks: Chunks = 1,
+    dispatch_wire: DispatchWire = "none",
+    combine_wire: CombineWire = "none",
     dtype: Dtype = "float32",
     steps: Steps = 200,
     batch_size: BatchSize = 8,
@@ -89,7 +104,8 @@ def train(
     """Train a Mixture-of-Experts model on text, over several processes."""
 
     def planned() -> list[RunConfig]:
-        settings = AdaptiveSettings(planner, epsilon, 2 if slots is None else slots, transport)
+        guests = 2 if slots is None else slots
+        settings = AdaptiveSettings(planner, epsilon, guests, transport, chunks, dispatch_wire, combine_wire)
         config = RunConfig(
             model=model, data=tuple(data or ("stdlib",)), out=out, ranks=ranks, ep_size=ep_size,
             experts=settings, steps=steps, batch_size=batch_size, sequence_length=sequence_length,

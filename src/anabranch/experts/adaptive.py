@@ -5,7 +5,7 @@ here, L home slots, B guest slots, J = L + B slots.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,26 +16,43 @@ from anabranch.experts.grouped import ExpertsForward
 from anabranch.experts.guests import lend, tie
 from anabranch.experts.memory import PlanMemory, recomputing
 from anabranch.experts.seating import GuestTable, guest_table, seat
-from anabranch.placement.base import Homes, Plan, Planner
+from anabranch.placement.base import Homes, Plan
+from anabranch.placement.choice import Choice, Chooser, Exchange
 from anabranch.transport.base import Route, Slots, Traffic, Transport
 from anabranch.transport.collectives import gather_counts
 
 
 class Observation(NamedTuple):
     """What one forward call did, as seen by one rank. Bytes are those this rank sends in forward and backward;
-    plan_ms is the planner's own time, without waiting for other ranks' counts."""
+    plan_ms is the time of choosing and planning, without waiting for other ranks' counts."""
 
-    plan: Plan
+    choice: Choice
     ids_SK: Tensor
-    token_bytes: int
-    weight_bytes: int
+    tokens: Traffic
+    weights: Traffic
     plan_ms: float
+
+    @property
+    def plan(self) -> Plan:
+        return self.choice.plan
+
+    @property
+    def token_bytes(self) -> int:
+        return sum(self.tokens)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.weights)
 
 
 class Prepared(NamedTuple):
-    """All integer decisions of one call: inputs of the tensor part, data rather than shapes where sizes are fixed."""
+    """All integer decisions of one call: inputs of the tensor part, data rather than shapes where sizes are fixed.
 
-    route: Route
+    transport: its name. routes: one for each chunk of the tokens.
+    """
+
+    transport: str
+    routes: tuple[Route, ...]
     table: GuestTable
     lends: bool
 
@@ -45,10 +62,11 @@ class AdaptiveExperts:
 
     One call:
     1. every rank counts its rows per expert; the counts are all-gathered (R * E int32) and read on the host;
-    2. every rank computes the same plan; under activation checkpointing the first pass's plan is reused;
+    2. every rank chooses the same plan and exchange; under activation checkpointing the first pass's are reused;
     3. the transport decides which row goes where (integers only);
     4. weights of guests are lent, where the plan has any;
-    5. rows are dispatched, computed by [homes | guests] in slot order, and combined.
+    5. rows are dispatched, computed by [homes | guests] in slot order, and combined. In several chunks, one
+       chunk's dispatch and another's combine travel while a third is computed.
     Backward runs 5 to 4 reversed: gradients of guests return home and are summed there in fp32.
 
     Allocated beyond the rows themselves: the guests' weights and their packed send and receive buffers. Home
@@ -61,17 +79,17 @@ class AdaptiveExperts:
         self,
         group: dist.ProcessGroup,
         homes: Homes,
-        planner: Planner,
-        transport: Transport,
+        chooser: Chooser,
+        transports: Mapping[str, Transport],
         forward: ExpertsForward,
     ) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
         self.homes = homes
-        self.planner = planner
-        self.transport = transport
+        self.chooser = chooser
+        self.transports = transports
         # With uneven homes the last home slot may be empty; a guest slot then takes the padding of fixed buffers.
-        self.slots = max(planner.slots_needed(homes), 1 if homes.experts % homes.ranks else 0)
+        self.slots = max(chooser.slots_needed(homes), 1 if homes.experts % homes.ranks else 0)
         self.forward = forward
         self.memory = PlanMemory()
         self.observers: list[Callable[[Observation], None]] = []
@@ -83,34 +101,37 @@ class AdaptiveExperts:
         home: this rank's expert parameters, each (experts at home, ...). ids_SK: global expert ids.
         """
         again = recomputing()
-        plan = None
+        choice = None
         if again and (remembered := self.memory.recall(ids_SK)) is not None:
-            plan, ids_SK = remembered.plan, remembered.ids_SK
-        plan = plan or self._plan(ids_SK)
+            choice, ids_SK = remembered.choice, remembered.ids_SK
+        choice = choice or self.choose(ids_SK)
         if not again:
-            self.memory.remember(plan, ids_SK)
-        prepared = self.prepare(plan, ids_SK)
+            self.memory.remember(choice, ids_SK)
+        prepared = self.prepare(choice.plan, choice.exchange, ids_SK)
         y_SD = self.run(home, x_SD, weights_SK, prepared)
         if not again and self.observers:
-            traffic = prepared.route.traffic(x_SD.shape[1] * x_SD.element_size())
-            self._observe(plan, ids_SK, traffic, prepared.table, home)
+            tokens = self.transports[prepared.transport].traffic(prepared.routes, x_SD.shape[1], x_SD.dtype)
+            self._observe(choice, ids_SK, tokens, prepared.table, home)
         return y_SD
 
-    def _plan(self, ids_SK: Tensor) -> Plan:
+    def choose(self, ids_SK: Tensor) -> Choice:
+        """What this call does. Collective: every rank sees the counts of all."""
         counts_E = torch.bincount(ids_SK.reshape(-1), minlength=self.homes.experts)
         counts_RE = gather_counts(counts_E, self.group).numpy().astype("int64")
         started_s = time.perf_counter()
-        plan = self.planner.plan(counts_RE, self.homes)
+        choice = self.chooser.choose(counts_RE, self.homes)
         self._plan_ms = 1e3 * (time.perf_counter() - started_s)
-        return plan
+        return choice
 
-    def prepare(self, plan: Plan, ids_SK: Tensor) -> Prepared:
+    def prepare(self, plan: Plan, exchange: Exchange, ids_SK: Tensor) -> Prepared:
         """Turn a plan into the integer tables of one call. Collective."""
-        fixed = self.transport.fixed_size
+        transport = self.transports[exchange.transport]
+        fixed = transport.fixed_size
         seats = seat(plan, self.slots if fixed else None)
         table = guest_table(plan, seats, self.rank, fixed=fixed, device=ids_SK.device)
         lends = self.slots > 0 if fixed else table.copies > 0
-        return Prepared(self.transport.route(plan, seats, ids_SK), table, lends)
+        routes = transport.route(plan, seats, ids_SK, exchange.chunks)
+        return Prepared(exchange.transport, routes, table, lends)
 
     def run(self, home: Sequence[Tensor], x_SD: Tensor, weights_SK: Tensor, prepared: Prepared) -> Tensor:
         """The tensor part: no decision is taken here. With a fixed-size transport it compiles once."""
@@ -118,10 +139,37 @@ class AdaptiveExperts:
         if prepared.lends:
             # Before the dispatch, so that its backward comes last on every rank, whatever each rank computed.
             home, guests = lend(home, prepared.table, self.group)
-        rows_ND, weight_N = self.transport.dispatch(x_SD, weights_SK, prepared.route)
-        compute = self._compute_fixed if self.transport.fixed_size else self._compute_exact
-        y_ND = compute(home, guests, rows_ND, prepared.route.slots)
-        return self.transport.combine(y_ND, weight_N, weights_SK, prepared.route).to(x_SD.dtype)
+        if len(prepared.routes) == 1:
+            chunks = [(x_SD, weights_SK)]
+        else:
+            sizes = [route.tokens.stop - route.tokens.start for route in prepared.routes]
+            chunks = list(zip(x_SD.split(sizes), weights_SK.split(sizes), strict=True))
+        return self._overlapped(home, guests, chunks, prepared).to(x_SD.dtype)
+
+    def _overlapped(
+        self,
+        home: list[Tensor],
+        guests: list[Tensor],
+        chunks: list[tuple[Tensor, Tensor]],
+        prepared: Prepared,
+    ) -> Tensor:
+        """While a chunk is computed, the next one arrives and the last one leaves; at most one of each."""
+        transport, routes = self.transports[prepared.transport], prepared.routes
+        compute = self._compute_fixed if transport.fixed_size else self._compute_exact
+        arriving = transport.dispatch(*chunks[0], routes[0])
+        leaving: Callable[[], Tensor] | None = None
+        done: list[Tensor] = []
+        for place, route in enumerate(routes):
+            rows_ND, weight_N = arriving()
+            if place + 1 < len(routes):
+                arriving = transport.dispatch(*chunks[place + 1], routes[place + 1])
+            y_ND = compute(home, guests, rows_ND, route.slots)
+            if leaving is not None:
+                done.append(leaving())
+            leaving = transport.combine(y_ND, weight_N, chunks[place][1], route)
+        assert leaving is not None
+        done.append(leaving())
+        return done[0] if len(done) == 1 else torch.cat(done)
 
     def _compute_exact(
         self, home: list[Tensor], guests: list[Tensor], rows_ND: Tensor, slots: Slots
@@ -159,16 +207,16 @@ class AdaptiveExperts:
 
     def _observe(
         self,
-        plan: Plan,
+        choice: Choice,
         ids_SK: Tensor,
-        traffic: Traffic,
+        tokens: Traffic,
         table: GuestTable,
         home: Sequence[Tensor],
     ) -> None:
         expert_bytes = sum(torch.Size(p.shape[1:]).numel() * p.element_size() for p in home)
-        token_bytes = 2 * (traffic.dispatch_bytes + traffic.combine_bytes)
         # Lent in forward, returned as gradients in backward.
-        weight_bytes = table.experts_across(self.rank) * expert_bytes
-        seen = Observation(plan, ids_SK, token_bytes, weight_bytes, self._plan_ms)
+        sent = self.transports[choice.exchange.transport].sent(table.experts_moved_R)
+        weights = Traffic(sent.intra * expert_bytes, sent.inter * expert_bytes)
+        seen = Observation(choice, ids_SK, tokens, weights, self._plan_ms)
         for observer in self.observers:
             observer(seen)

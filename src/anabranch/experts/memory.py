@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from anabranch.errors import PlanError
-from anabranch.placement.base import Plan
+from anabranch.placement.choice import Choice
 
 OUT_OF_ORDER = (
     "a recomputed layer does not fit the latest forward pass: under activation checkpointing call backward on the "
@@ -16,9 +16,9 @@ OUT_OF_ORDER = (
 
 
 class Remembered(NamedTuple):
-    """The plan of one forward call and the choice of experts it was made for."""
+    """The plan and exchange of one forward call, and the choice of experts they were made for."""
 
-    plan: Plan
+    choice: Choice
     ids_SK: Tensor
     without_grad: bool = False
 
@@ -43,8 +43,8 @@ class PlanMemory:
     def __init__(self, depth: int = 8) -> None:
         self._entries: deque[Remembered] = deque(maxlen=depth)
 
-    def remember(self, plan: Plan, ids_SK: Tensor) -> None:
-        self._entries.append(Remembered(plan, ids_SK, not torch.is_grad_enabled()))
+    def remember(self, choice: Choice, ids_SK: Tensor) -> None:
+        self._entries.append(Remembered(choice, ids_SK, not torch.is_grad_enabled()))
 
     def recall(self, ids_SK: Tensor) -> Remembered | None:
         """The latest entry, removed. None where the forward pass lies too far back: the caller plans anew,

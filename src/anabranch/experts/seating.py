@@ -33,9 +33,10 @@ class GuestTable(NamedTuple):
     place_G: Tensor
     copies: int
 
-    def experts_across(self, rank: int) -> int:
-        """Experts `rank` sends to other ranks, in forward and, as gradients, in backward."""
-        return sum(self.send_R) - self.send_R[rank] + sum(self.recv_R) - self.recv_R[rank]
+    @property
+    def experts_moved_R(self) -> IntArray:
+        """Experts this rank sends to each rank, in forward and, as gradients, in backward."""
+        return np.array(self.send_R) + np.array(self.recv_R)
 
 
 def home_table(homes: Homes) -> IntArray:

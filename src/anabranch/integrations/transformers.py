@@ -27,12 +27,21 @@ from anabranch.errors import ConfigError, RankError
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.experts.grouped import experts_forward
 from anabranch.experts.guests import tie
+from anabranch.experts.measure import LayerShape
+from anabranch.integrations.carriers import Carriers
 from anabranch.integrations.empty_share import bypass_sharding, load_empty_shares
 from anabranch.placement.base import Homes
+from anabranch.placement.cheapest import CheapestChoice, candidate_planners
+from anabranch.placement.checks import require_count
+from anabranch.placement.choice import Chooser, Exchange, FixedChoice
 from anabranch.placement.policy import make_planner
-from anabranch.transport.choose import check_transport, make_transport
+from anabranch.placement.pricing import Pricing
+from anabranch.transport.base import Wires
+from anabranch.transport.choose import OVERLAPPING, candidate_exchanges, require_transport
+from anabranch.transport.domain import make_domain
 
 NAME = "anabranch"
+AUTO = "auto"
 LAYER_ATTRIBUTE = "anabranch_layer"
 
 
@@ -40,20 +49,41 @@ LAYER_ATTRIBUTE = "anabranch_layer"
 class AdaptiveSettings:
     """How experts are balanced. Checked on construction: raises ConfigError naming the setting.
 
-    planner: "bounded", "exact", "static", "least_loaded" or "periodic_replication".
+    planner: "bounded", "exact", "static", "least_loaded", "periodic_replication", or "auto".
     epsilon: load a rank may carry above the mean before `bounded` moves anything, as a fraction.
     slots: guest experts a rank may host at once under `bounded`.
-    transport: "auto", "all_to_all", "dedup" or "all_gather".
+    transport: "all_to_all", "dedup", "two_level", "all_gather", or "auto".
+    chunks: pieces of a micro-batch whose exchange and computation overlap; `auto` transports choose their own.
+    dispatch_wire, combine_wire: "none", or a lossy codec of rows between ranks.
     """
 
     planner: str = "bounded"
     epsilon: float = 0.05
     slots: int = 2
     transport: str = "auto"
+    chunks: int = 1
+    dispatch_wire: str = "none"
+    combine_wire: str = "none"
 
     def __post_init__(self) -> None:
-        make_planner(self.planner, epsilon=self.epsilon, slots=self.slots)
-        check_transport(self.transport)
+        name = "bounded" if self.planner == AUTO else self.planner
+        make_planner(name, epsilon=self.epsilon, slots=self.slots)
+        require_transport(self.transport, AUTO)
+        require_count("chunks", self.chunks, 1)
+        if self.chunks > 1 and self.transport not in OVERLAPPING:
+            raise ConfigError(
+                f"{self.transport} sends a micro-batch in one piece; use {' or '.join(OVERLAPPING)}, or chunks=1",
+                setting="chunks",
+            )
+        wires = self.wires
+        if wires != Wires() and self.transport == "all_gather":
+            raise ConfigError(
+                "all_gather sends rows as they are; use another transport", setting="dispatch_wire"
+            )
+
+    @property
+    def wires(self) -> Wires:
+        return Wires(self.dispatch_wire, self.combine_wire)
 
     def digest(self) -> int:
         """A number equal on two ranks only if their settings are."""
@@ -64,6 +94,9 @@ class AdaptiveEP(EPImplementation):
     """The experts of one layer, balanced by `AdaptiveExperts`. One instance per experts module."""
 
     settings: ClassVar[AdaptiveSettings]
+    pricing: ClassVar[Pricing]
+    shared: ClassVar[dict[Any, Carriers]]
+    """What the layers of one group share: process groups are never given back."""
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
@@ -82,17 +115,43 @@ class AdaptiveEP(EPImplementation):
         self.layer: AdaptiveExperts | None = None
         self.observers: list[Callable[[Observation], None]] = []
         _check_agreement(self.settings, self.group, ep_mesh.device_type)
+        self.carriers = self._carriers(ep_mesh)
         setattr(experts, LAYER_ATTRIBUTE, self)
 
-    def adaptive(self, top_k: int) -> AdaptiveExperts:
-        """The layer behind this module; built at the first call, when the number of experts a token is known."""
-        if self.layer is None:
+    def _carriers(self, ep_mesh: DeviceMesh) -> Carriers:
+        if self.group not in self.shared:
+            domain = make_domain(self.group, torch.device(ep_mesh.device_type))
             s = self.settings
-            planner = make_planner(s.planner, epsilon=s.epsilon, slots=s.slots)
-            transport = make_transport(s.transport, self.group, top_k=top_k)
-            self.layer = AdaptiveExperts(self.group, self.homes, planner, transport, self.forward)
+            exchanges = (
+                candidate_exchanges(domain.nodes)
+                if s.transport == AUTO
+                else (Exchange(s.transport, s.chunks),)
+            )
+            self.shared[self.group] = Carriers(domain, exchanges, s.wires)
+        return self.shared[self.group]
+
+    def adaptive(self, home: list[Tensor], x_SD: Tensor, top_k: int) -> AdaptiveExperts:
+        """The layer behind this module; built at the first call, when the shapes it is priced for are known."""
+        if self.layer is None:
+            chooser = self._chooser(home, x_SD, top_k)
+            self.layer = AdaptiveExperts(
+                self.group, self.homes, chooser, self.carriers.transports, self.forward
+            )
             self.layer.observers = self.observers
         return self.layer
+
+    def _chooser(self, home: list[Tensor], x_SD: Tensor, top_k: int) -> Chooser:
+        s, carriers = self.settings, self.carriers
+        if s.planner != AUTO and len(carriers.exchanges) == 1:
+            planner = make_planner(s.planner, epsilon=s.epsilon, slots=s.slots)
+            return FixedChoice(planner, carriers.exchanges[0])
+        shape = LayerShape(self.homes, x_SD.shape[0], x_SD.shape[1], top_k, x_SD.dtype)
+        prices = carriers.prices(self.pricing, shape, home, self.forward)
+        if s.planner == AUTO:
+            planners = candidate_planners(prices, carriers.domain.nodes, epsilon=s.epsilon, slots=s.slots)
+        else:
+            planners = {s.planner: make_planner(s.planner, epsilon=s.epsilon, slots=s.slots)}
+        return CheapestChoice(planners, carriers.exchanges, prices)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         home = bypass_sharding(self.experts, [self.experts._parameters[name] for name in self.names])
@@ -105,7 +164,8 @@ class AdaptiveEP(EPImplementation):
             hidden_states, top_k_index, top_k_weights = (
                 _slice_over(self.tp_mesh, t) for t in (hidden_states, top_k_index, top_k_weights)
             )
-        y_SD = self.adaptive(top_k_index.shape[-1])(home, hidden_states, top_k_index, top_k_weights)
+        layer = self.adaptive(home, hidden_states, top_k_index.shape[-1])
+        y_SD = layer(home, hidden_states, top_k_index, top_k_weights)
         return _join_over(self.tp_mesh, y_SD, tokens) if self.tp_mesh.size() > 1 else y_SD
 
 
@@ -168,9 +228,14 @@ class EvenlyUnlessAdaptive(EpDispatchExpertsParallel):
         return super().install_forward(module, ep_mesh, tp_mesh=tp_mesh, ep_implementation=ep_implementation)
 
 
-def register(settings: AdaptiveSettings) -> None:
-    """Make `ep_implementation="anabranch"` mean these settings, for models loaded from now on."""
-    implementation = type("AnabranchEP", (AdaptiveEP,), {"settings": settings})
+def register(settings: AdaptiveSettings, pricing: Pricing) -> None:
+    """Make `ep_implementation="anabranch"` mean these settings, for models loaded from now on.
+
+    pricing: where `auto` finds what a choice costs.
+    """
+    implementation = type(
+        "AnabranchEP", (AdaptiveEP,), {"settings": settings, "pricing": pricing, "shared": {}}
+    )
     EPImplementationInterface.register(NAME, implementation)
     style: Any = UnevenExpertShard(Shard(0), shards_expert_dim=True)  # annotated as a function there
     ALL_PARALLEL_STYLES.register("grouped_gemm", style)

@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.integrations.callback import AdaptiveCallback
 from anabranch.integrations.transformers import NAME, register
+from anabranch.placement.pricing import Pricing
 from anabranch.telemetry.jsonl import JsonlSink
 from anabranch.telemetry.sinks import Sink
 from anabranch.telemetry.tensorboard import TensorboardSink
@@ -35,7 +36,7 @@ from anabranch.training.trainer import AdaptiveTrainer
 EVAL_WINDOWS = 128
 
 
-def run(config: RunConfig, watchers: Sequence[Sink] = ()) -> RunSummary:
+def run(config: RunConfig, pricing: Pricing, watchers: Sequence[Sink] = ()) -> RunSummary:
     """Train as configured, on this rank of a group of ranks, which it joins if need be.
 
     1. The ranks make sure that settings, model, data and the checkpoint to go on from are usable on all of
@@ -43,8 +44,8 @@ def run(config: RunConfig, watchers: Sequence[Sink] = ()) -> RunSummary:
     2. Rank 0 claims the folder, or clears it of what is to be done again.
     3. They train, evaluate and save. SIGINT and SIGTERM end the run after a step, with a checkpoint.
 
-    watchers: further sinks for the step records, used on rank 0. The summary is complete on rank 0. Raises
-    AnabranchError for what the user can correct, on every rank.
+    pricing: where `auto` finds what a choice costs. watchers: further sinks for the step records, used on
+    rank 0. The summary is complete on rank 0. Raises AnabranchError for what the user can correct, on every rank.
     """
     join(config.timeout_s)
     require_equal(_shared_settings(config))
@@ -54,6 +55,7 @@ def run(config: RunConfig, watchers: Sequence[Sink] = ()) -> RunSummary:
     checkpoint = None
     if config.resume:
         checkpoint = on_all_ranks(lambda: latest_checkpoint(config.folder.checkpoints, identity))
+    register(config.experts, pricing)
     model = _load(config, origin, checkpoint)
     wait_at_most(config.timeout_s)
     with OrderlyStop() as stop:
@@ -106,7 +108,6 @@ def _data(config: RunConfig, origin: Origin) -> TrainingData:
 
 def _load(config: RunConfig, origin: Origin, checkpoint: Path | None) -> PreTrainedModel:
     """The model with the weights of a checkpoint or of its origin, else with new ones of the run's seed."""
-    register(config.experts)
     if checkpoint is not None:
         return on_all_ranks(lambda: _from_folder(config, checkpoint, "resume"))
     if (weights := origin.weights) is not None:

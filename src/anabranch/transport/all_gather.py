@@ -6,15 +6,18 @@ and call neither sort nor boolean indexing, so they compile once. Shape suffixes
 tokens of all ranks (each rank's padded to the largest S), C = cap rows.
 """
 
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from anabranch.errors import ConfigError
 from anabranch.placement.base import IntArray, Plan
-from anabranch.transport.base import Route, Seats, Slots, Transport
+from anabranch.transport.base import Arrived, Hop, Route, Seats, Slots, Transport, Wires
 from anabranch.transport.collectives import gather_plain, gather_rows, reduce_scatter_rows
+from anabranch.transport.domain import Domain
 from anabranch.transport.rows import fan_in
 from anabranch.transport.segments import expert_order, segment_index, starts
 
@@ -34,7 +37,15 @@ class AllGather(Transport):
     name: ClassVar[str] = "all_gather"
     fixed_size: ClassVar[bool] = True
 
-    def route(self, plan: Plan, seats: Seats, ids_SK: Tensor) -> Route:
+    def __init__(self, domain: Domain, wires: Wires = Wires()) -> None:  # noqa: B008 - frozen
+        super().__init__(domain, wires)
+        if wires != Wires():
+            raise ConfigError(
+                "all_gather sums on its way back and sends rows as they are; use another transport, or no codecs",
+                setting="dispatch_wire",
+            )
+
+    def route(self, plan: Plan, seats: Seats, ids_SK: Tensor, chunks: int = 1) -> tuple[Route, ...]:
         tokens_R = plan.counts_RE.sum(axis=1) // ids_SK.shape[1]
         padded = _pad(ids_SK, int(tokens_R.max()), plan.homes.experts)
         order_TK = expert_order(gather_plain(padded, self.group).reshape(-1))
@@ -48,25 +59,29 @@ class AllGather(Transport):
         slots, pick_C, real_C = _pad_to(capacity, pick_N, rows_J, seats.homes)
         tables = Tables(pick_C, real_C, int(tokens_R.max()))
         # A padded all-gather sends this rank's tokens to the others and as many partial sums return.
-        away = tables.tokens * (self.ranks - 1)
-        return Route(slots, int(rows_J.sum()), tables, away, away)
+        away = self.sent(np.full(self.ranks, tables.tokens))
+        tokens = slice(0, ids_SK.shape[0])
+        return (Route(slots, int(rows_J.sum()), tables, (Hop(away, away),), tokens),)
 
-    def dispatch(self, x_SD: Tensor, weights_SK: Tensor, route: Route) -> tuple[Tensor, Tensor | None]:
+    def dispatch(self, x_SD: Tensor, weights_SK: Tensor, route: Route) -> Callable[[], Arrived]:
         t: Tables = route.tables
         x_TD = gather_rows(_pad(x_SD, t.tokens, 0), self.group)
         weights_TK = gather_rows(_pad(weights_SK, t.tokens, 0), self.group)
         rows_CD = x_TD.index_select(0, t.pick_C // weights_SK.shape[1])
         weight_C = weights_TK.reshape(-1).index_select(0, t.pick_C) * t.real_C
-        return rows_CD, weight_C
+        return lambda: Arrived(rows_CD, weight_C)
 
-    def combine(self, y_ND: Tensor, weight_N: Tensor | None, weights_SK: Tensor, route: Route) -> Tensor:
+    def combine(
+        self, y_ND: Tensor, weight_N: Tensor | None, weights_SK: Tensor, route: Route
+    ) -> Callable[[], Tensor]:
         assert weight_N is not None, "all_gather weighs at the destination"
         t: Tables = route.tables
         sums_TD = fan_in(y_ND, weight_N, t.pick_C // weights_SK.shape[1], t.tokens * self.ranks)
         y_SD = reduce_scatter_rows(sums_TD, self.group)
         tokens = weights_SK.shape[0]
         # A copy, and only where this rank has padding: FSDP2 hooks what a layer returns, which must not be a view.
-        return y_SD if tokens == t.tokens else y_SD[:tokens].clone()
+        own_SD = y_SD if tokens == t.tokens else y_SD[:tokens].clone()
+        return lambda: own_SD
 
 
 def _pad(rows_S: Tensor, tokens: int, value: int) -> Tensor:

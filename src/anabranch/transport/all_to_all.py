@@ -3,6 +3,7 @@
 Shape suffixes: see `base.py`.
 """
 
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from anabranch.placement.assign import recv_RE, send_RE
 from anabranch.placement.base import Plan
-from anabranch.transport.base import Route, Seats, Transport, slots_of
-from anabranch.transport.collectives import exchange_rows
+from anabranch.transport.base import Arrived, Hop, Route, Seats, Transport, slots_of
+from anabranch.transport.flight import Flight
 from anabranch.transport.rows import permute, spread, weigh
 from anabranch.transport.segments import expert_order, inverse_order, segment_index, starts
 
@@ -30,7 +31,7 @@ class AllToAll(Transport):
 
     name: ClassVar[str] = "all_to_all"
 
-    def route(self, plan: Plan, seats: Seats, ids_SK: Tensor) -> Route:
+    def route(self, plan: Plan, seats: Seats, ids_SK: Tensor, chunks: int = 1) -> tuple[Route, ...]:
         device = ids_SK.device
         ranks = np.arange(self.ranks)
         send_by_expert_RE = send_RE(plan, self.rank)
@@ -54,20 +55,25 @@ class AllToAll(Transport):
             send_R.tolist(),
             recv_R.tolist(),
         )
-        away = int(send_R.sum() - send_R[self.rank])
-        returned = int(recv_R.sum() - recv_R[self.rank])
         slots = slots_of(recv_SJ.sum(axis=0), seats.homes, device)
-        return Route(slots, int(recv_R.sum()), tables, away, returned)
+        hop = Hop(self.sent(send_R), self.sent(recv_R))
+        return (Route(slots, int(recv_R.sum()), tables, (hop,), slice(0, ids_SK.shape[0])),)
 
-    def dispatch(self, x_SD: Tensor, weights_SK: Tensor, route: Route) -> tuple[Tensor, Tensor | None]:
+    def dispatch(self, x_SD: Tensor, weights_SK: Tensor, route: Route) -> Callable[[], Arrived]:
         t: _Tables = route.tables
-        sent_PD = spread(x_SD, t.order_P, t.inverse_P, weights_SK.shape[1])
-        arrived_ND = exchange_rows(sent_PD, t.send_R, t.recv_R, self.group)
-        return permute(arrived_ND, t.by_slot_N, t.by_source_N), None
+        flight = Flight(self.group, t.send_R, t.recv_R, self.dispatch_codec)
+        pending_ND = flight.depart(spread(x_SD, t.order_P, t.inverse_P, weights_SK.shape[1]))
+        return lambda: Arrived(permute(flight.arrive(pending_ND), t.by_slot_N, t.by_source_N), None)
 
-    def combine(self, y_ND: Tensor, weight_N: Tensor | None, weights_SK: Tensor, route: Route) -> Tensor:
+    def combine(
+        self, y_ND: Tensor, weight_N: Tensor | None, weights_SK: Tensor, route: Route
+    ) -> Callable[[], Tensor]:
         t: _Tables = route.tables
-        by_source_ND = permute(y_ND, t.by_source_N, t.by_slot_N)
-        back_PD = exchange_rows(by_source_ND, t.recv_R, t.send_R, self.group)
-        y_PD = permute(back_PD, t.inverse_P, t.order_P)
-        return weigh(y_PD.view(*weights_SK.shape, y_PD.shape[-1]), weights_SK)
+        flight = Flight(self.back, t.recv_R, t.send_R, self.combine_codec)
+        pending_PD = flight.depart(permute(y_ND, t.by_source_N, t.by_slot_N))
+
+        def land() -> Tensor:
+            y_PD = permute(flight.arrive(pending_PD), t.inverse_P, t.order_P)
+            return weigh(y_PD.view(*weights_SK.shape, y_PD.shape[-1]), weights_SK)
+
+        return land

@@ -1,83 +1,160 @@
 """One row per (token, destination rank): a token travels once to each rank that computes some of its experts.
 
 The routing weights travel with it; the destination weighs and sums its experts' outputs, so one row returns.
-Shape suffixes: see `base.py`; V (token, rank) pairs this rank sends, U tokens it receives.
+Shape suffixes: see `base.py`; V copies this rank sends, U tokens it receives.
 """
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from anabranch.placement.assign import recv_RE, send_RE
-from anabranch.placement.base import Plan
-from anabranch.transport.base import Route, Seats, Transport, slots_of
-from anabranch.transport.collectives import exchange_plain, exchange_rows, gather_plain
+from anabranch.placement.base import IntArray, Plan
+from anabranch.transport.base import Arrived, Hop, Route, Seats, Sent, Slots, Transport, Wires, slots_of
+from anabranch.transport.codecs.base import Codec
+from anabranch.transport.domain import Domain
+from anabranch.transport.leg import Leg, make_legs
 from anabranch.transport.rows import fan_in
 from anabranch.transport.segments import expert_order, segment_index, starts
 
 
+class Stage(NamedTuple):
+    """One exchange on the way. member_R: the member of `group` through which each rank of the domain is reached.
+
+    back: the group of the way back. far_M: members on other nodes. wired: whether codecs apply.
+    """
+
+    group: dist.ProcessGroup
+    back: dist.ProcessGroup
+    member_R: Tensor
+    far_M: IntArray
+    wired: bool
+
+
 class _Tables(NamedTuple):
-    token_V: Tensor  # token of each sent row, destination-major
-    keep_VK: Tensor  # which of the token's experts this destination computes
-    token_N: Tensor  # arrived token each computed row reads
-    pick_N: Tensor  # place of the row's routing weight in the arrived (U * K) weights
-    send_R: list[int]
-    recv_R: list[int]
+    """legs: one a stage. token_N: arrived token each computed row reads; pick_N: place of the row's routing
+    weight in the arrived (U * K) weights."""
+
+    legs: list[Leg]
+    token_N: Tensor
+    pick_N: Tensor
 
 
 class Dedup(Transport):
-    """Sends each token once per destination; costs one more small exchange (sizes and slots) than `all_to_all`."""
+    """Sends each token once per destination; costs two more small exchanges (sizes, slots) than `all_to_all`."""
 
     name: ClassVar[str] = "dedup"
 
-    def route(self, plan: Plan, seats: Seats, ids_SK: Tensor) -> Route:
-        rank_SK, slot_SK = self._destinations(plan, seats, ids_SK)
-        hit_RS = torch.zeros((self.ranks, ids_SK.shape[0]), dtype=torch.bool, device=ids_SK.device)
-        hit_RS.scatter_(0, rank_SK.T, True)
-        rank_V, token_V = hit_RS.nonzero(as_tuple=True)
-        sizes_RR = gather_plain(hit_RS.sum(dim=1), self.group).view(self.ranks, self.ranks).cpu().numpy()
-        send_R, recv_R = sizes_RR[self.rank], sizes_RR[:, self.rank]
-        splits = (send_R.tolist(), recv_R.tolist())
+    def __init__(self, domain: Domain, wires: Wires = Wires()) -> None:  # noqa: B008 - frozen
+        super().__init__(domain, wires)
+        self.stages = self._stages()
 
-        keep_VK = rank_SK[token_V] == rank_V.unsqueeze(-1)
-        slot_VK = torch.where(keep_VK, slot_SK[token_V], seats.expert_RJ.shape[1])
-        slot_UK = exchange_plain(slot_VK.to(torch.int32), *splits, self.group)
-        rows_J = seats.per_slot(recv_RE(plan, self.rank), np.full(self.ranks, self.rank)).sum(axis=0)
-        rows = int(rows_J.sum())
-        # Slots past the last mark experts that another rank computes: the sort leaves them behind the rows.
-        pick_N = expert_order(slot_UK.reshape(-1))[:rows]
-        tables = _Tables(token_V, keep_VK, pick_N // ids_SK.shape[1], pick_N, *splits)
-        away, returned = int(send_R.sum() - send_R[self.rank]), int(recv_R.sum() - recv_R[self.rank])
-        return Route(slots_of(rows_J, seats.homes, ids_SK.device), rows, tables, away, returned)
+    def _stages(self) -> tuple[Stage, ...]:
+        nodes = self.domain.nodes
+        far_R = (nodes.node_R != nodes.node_R[self.rank]).astype(np.int64)
+        return (Stage(self.group, self.back, torch.arange(self.ranks), far_R, wired=True),)
 
-    def _destinations(self, plan: Plan, seats: Seats, ids_SK: Tensor) -> tuple[Tensor, Tensor]:
-        """Rank and slot that compute each (token, k) pair."""
-        device = ids_SK.device
-        send_by_expert_RE = send_RE(plan, self.rank)
-        first_RE = (
-            starts(plan.counts_RE[self.rank]) + np.cumsum(send_by_expert_RE, axis=0) - send_by_expert_RE
+    def route(self, plan: Plan, seats: Seats, ids_SK: Tensor, chunks: int = 1) -> tuple[Route, ...]:
+        tokens, slots = ids_SK.shape[0], seats.expert_RJ.shape[1]
+        bounds = [tokens * chunk // chunks for chunk in range(chunks + 1)]
+        spans = [slice(a, b) for a, b in pairwise(bounds)]
+        code_SK = seat_codes(plan, seats, self.rank, ids_SK)
+        by_stage: list[list[Leg]] = []
+        for stage in self.stages:
+            member_SK = stage.member_R.to(code_SK.device)[code_SK.clamp(min=0) // slots]
+            legs = make_legs(torch.where(code_SK >= 0, member_SK, -1), code_SK, bounds, stage.group)
+            by_stage.append(legs)
+            code_SK = torch.cat([leg.code_UK for leg in legs]) if chunks > 1 else legs[0].code_UK
+            bounds = [0, *np.cumsum([leg.code_UK.shape[0] for leg in legs]).tolist()]
+        rows_CJ = self._rows(plan, seats, [leg.code_UK for leg in by_stage[-1]])
+        paths = [list(path) for path in zip(*by_stage, strict=True)]
+        return tuple(
+            self._route(path, span, rows_J, seats)
+            for path, span, rows_J in zip(paths, spans, rows_CJ, strict=True)
         )
-        ranks = np.arange(self.ranks)
-        send_RJ, start_RJ = (seats.per_slot(a, ranks) for a in (send_by_expert_RE, first_RE))
-        place_P = segment_index(start_RJ.ravel(), send_RJ.ravel(), device)
-        order_P = expert_order(ids_SK.reshape(-1))[place_P]
-        slots = send_RJ.shape[1]
-        seat_P = torch.from_numpy(np.repeat(np.arange(send_RJ.size), send_RJ.ravel())).to(device)
-        seat_SK = torch.empty_like(seat_P).scatter_(0, order_P, seat_P).view(ids_SK.shape)
-        return seat_SK // slots, seat_SK % slots
 
-    def dispatch(self, x_SD: Tensor, weights_SK: Tensor, route: Route) -> tuple[Tensor, Tensor | None]:
-        t: _Tables = route.tables
-        tokens_UD = exchange_rows(x_SD.index_select(0, t.token_V), t.send_R, t.recv_R, self.group)
-        weights_VK = weights_SK.index_select(0, t.token_V) * t.keep_VK
-        weights_UK = exchange_rows(weights_VK, t.send_R, t.recv_R, self.group)
-        return tokens_UD.index_select(0, t.token_N), weights_UK.reshape(-1).index_select(0, t.pick_N)
+    def _rows(self, plan: Plan, seats: Seats, codes: list[Tensor]) -> IntArray:
+        """int64 (chunks, J): rows computed here. Whole micro-batches need no look at the codes."""
+        slots = seats.expert_RJ.shape[1]
+        if len(codes) == 1:
+            mine = seats.per_slot(recv_RE(plan, self.rank), np.full(self.ranks, self.rank))
+            return mine.sum(axis=0)[None]
+        counted = [torch.bincount(_slot(code, slots).reshape(-1), minlength=slots + 1) for code in codes]
+        return torch.stack(counted).cpu().numpy()[:, :slots]
 
-    def combine(self, y_ND: Tensor, weight_N: Tensor | None, weights_SK: Tensor, route: Route) -> Tensor:
-        assert weight_N is not None, "dedup weighs at the destination"
+    def _route(self, path: list[Leg], span: slice, rows_J: IntArray, seats: Seats) -> Route:
+        slot_UK = _slot(path[-1].code_UK, rows_J.size)
+        top_k, rows = slot_UK.shape[1], int(rows_J.sum())
+        # Choices that other ranks compute sort behind the last slot.
+        pick_N = expert_order(slot_UK.reshape(-1))[:rows]
+        tables = _Tables(path, pick_N // top_k, pick_N)
+        hops = tuple(_hop(stage, leg) for stage, leg in zip(self.stages, path, strict=True))
+        slots: Slots = slots_of(rows_J, seats.homes, slot_UK.device)
+        # Beside its row a token carries K fp32 weights and K slots; the weights' gradients come back.
+        return Route(slots, rows, tables, hops, span, (8 * top_k, 4 * top_k))
+
+    def dispatch(self, x_SD: Tensor, weights_SK: Tensor, route: Route) -> Callable[[], Arrived]:
         t: _Tables = route.tables
-        sums_UD = fan_in(y_ND, weight_N, t.token_N, sum(t.recv_R))
-        back_VD = exchange_rows(sums_UD, t.recv_R, t.send_R, self.group)
-        return fan_in(back_VD, None, t.token_V, weights_SK.shape[0])
+        first, *rest = zip(self.stages, t.legs, strict=True)
+        landing = first[1].out(x_SD, weights_SK, first[0].group, self._codec(first[0], self.dispatch_codec))
+
+        def land() -> Arrived:
+            carried = landing()
+            for stage, leg in rest:
+                carried = leg.out(*carried, stage.group, self._codec(stage, self.dispatch_codec))()
+            weight_N = carried.weights_UK.reshape(-1).index_select(0, t.pick_N)
+            return Arrived(carried.x_UD.index_select(0, t.token_N), weight_N)
+
+        return land
+
+    def combine(
+        self, y_ND: Tensor, weight_N: Tensor | None, weights_SK: Tensor, route: Route
+    ) -> Callable[[], Tensor]:
+        assert weight_N is not None, "weights travel with the tokens"
+        t: _Tables = route.tables
+        sums_UD = fan_in(y_ND, weight_N, t.token_N, t.legs[-1].code_UK.shape[0])
+        # Each stage but the first returns its sums to the tokens that the stage before it received.
+        for stage, leg, before in zip(self.stages[:0:-1], t.legs[:0:-1], t.legs[-2::-1], strict=True):
+            codec = self._codec(stage, self.combine_codec)
+            sums_UD = leg.home(sums_UD, before.code_UK.shape[0], stage.back, codec)()
+        stage = self.stages[0]
+        return t.legs[0].home(
+            sums_UD, weights_SK.shape[0], stage.back, self._codec(stage, self.combine_codec)
+        )
+
+    def _codec(self, stage: Stage, codec: Codec | None) -> Codec | None:
+        return codec if stage.wired else None
+
+
+def seat_codes(plan: Plan, seats: Seats, rank: int, ids_SK: Tensor) -> Tensor:
+    """int32 (S, K): rank * J + slot of the seat that computes each choice of `rank`'s tokens."""
+    send_by_expert_RE = send_RE(plan, rank)
+    # A source hands its rows of an expert to the destinations in rank order.
+    first_RE = starts(plan.counts_RE[rank]) + np.cumsum(send_by_expert_RE, axis=0) - send_by_expert_RE
+    ranks = np.arange(plan.homes.ranks)
+    send_RJ, start_RJ = (seats.per_slot(a, ranks) for a in (send_by_expert_RE, first_RE))
+    place_P = segment_index(start_RJ.ravel(), send_RJ.ravel(), ids_SK.device)
+    order_P = expert_order(ids_SK.reshape(-1))[place_P]
+    seat_P = torch.from_numpy(np.repeat(np.arange(send_RJ.size, dtype=np.int32), send_RJ.ravel()))
+    seat_P = seat_P.to(ids_SK.device)
+    return torch.empty_like(seat_P).scatter_(0, order_P, seat_P).view(ids_SK.shape)
+
+
+def _slot(code_UK: Tensor, slots: int) -> Tensor:
+    """The slot of each choice computed here, `slots` for the others'."""
+    return torch.where(code_UK >= 0, code_UK % slots, slots)
+
+
+def _hop(stage: Stage, leg: Leg) -> Hop:
+    # A member's own tokens stay where they are; far_M is 0 there.
+    own = dist.get_rank(stage.group)
+    sent, returned = (
+        Sent(int(n_M[stage.far_M == 0].sum() - n_M[own]), int(n_M[stage.far_M == 1].sum()))
+        for n_M in (leg.send_M, leg.recv_M)
+    )
+    return Hop(sent, returned, stage.wired)

@@ -1,0 +1,184 @@
+"""What a layer's parts cost on the ranks at hand: the measurements behind `auto`.
+
+Each time is that of the slowest rank, the median of a few repetitions after one to warm up. Shape suffixes: R
+ranks, E experts, S tokens of a rank, K experts a token, N rows, D hidden size, L home slots.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from anabranch.experts.adaptive import AdaptiveExperts
+from anabranch.experts.grouped import ExpertsForward
+from anabranch.placement.base import Homes, Planner
+from anabranch.placement.choice import Exchange, FixedChoice
+from anabranch.placement.static import StaticPlanner
+from anabranch.telemetry.samples import CallSample, Samples
+from anabranch.transport.base import Transport, Wires
+from anabranch.transport.domain import Domain
+
+REPEATS = 3
+
+
+class LayerShape(NamedTuple):
+    """One layer's sizes. tokens: of a micro-batch on this rank; dtype: of its rows."""
+
+    homes: Homes
+    tokens: int
+    hidden: int
+    top_k: int
+    dtype: torch.dtype
+
+
+class Probe:
+    """Measures one layer on one domain. Every method is collective over the domain."""
+
+    def __init__(
+        self, domain: Domain, shape: LayerShape, home: Sequence[Tensor], forward: ExpertsForward
+    ) -> None:
+        self.domain, self.device = domain, home[0].device
+        self.shape = shape._replace(tokens=int(self._slowest(shape.tokens)))
+        # The layer's weights, so that caches and layouts are the real ones; their gradients are dropped.
+        self.home = [p.detach().requires_grad_() for p in home]
+        self.forward = forward
+
+    def samples(
+        self,
+        transports: Mapping[str, Transport],
+        exchanges: Sequence[Exchange],
+        planners: Mapping[str, Planner],
+        wires: Wires,
+    ) -> Samples:
+        """All of it. With gradients enabled, whatever the caller's mode: `auto` is for training steps."""
+        plain = self.shape.hidden * self.shape.dtype.itemsize
+        there, back = (c.row_bytes(self.shape.hidden) if c else plain for c in wires.codecs())
+        with torch.enable_grad():
+            return Samples(
+                hidden=self.shape.hidden,
+                experts=self.shape.homes.experts,
+                row_bytes=plain,
+                dispatch_row_bytes=there,
+                combine_row_bytes=back,
+                expert_bytes=sum(torch.Size(p.shape[1:]).numel() * p.element_size() for p in self.home),
+                top_k=self.shape.top_k,
+                node_R=tuple(self.domain.nodes.node_R.tolist()),
+                link_ms=self.links(),
+                expert_ms=self.experts(),
+                copy_ms_per_mb=self.copy(),
+                plan_ms={name: self.planning(planner) for name, planner in planners.items()},
+                call_ms=tuple(
+                    CallSample(*exchange, tokens, self.call(transports, exchange, tokens))
+                    for exchange in exchanges
+                    for tokens in self.token_sizes()
+                ),
+            )
+
+    def token_sizes(self) -> list[int]:
+        """Whole micro-batches, and quarters of one."""
+        return sorted({max(1, self.shape.tokens // 4), max(1, self.shape.tokens)})
+
+    def links(self) -> dict[str, dict[int, float]]:
+        """By class of link: bytes each rank sends in all, evenly to its peers of the class -> ms."""
+        nodes, rank = self.domain.nodes, self.domain.rank
+        near_R = nodes.node_R == nodes.node_R[rank]
+        peers = {"inter": ~near_R, "intra": near_R & (np.arange(nodes.ranks) != rank)}
+        most = 2 * self.shape.tokens * self.shape.top_k * self.shape.hidden * self.shape.dtype.itemsize
+        sizes = [n for n in (1 << 12, 1 << 16, 1 << 19, 1 << 21) if n < most] + [most]
+        present = [name for name in ("intra", "inter") if self._slowest(float(peers[name].any()))]
+        return {name: {n: self._exchange(peers[name], n) for n in sizes} for name in present}
+
+    def _exchange(self, peer_R: np.ndarray, total_bytes: int) -> float:
+        each = total_bytes // max(1, int(peer_R.sum()))
+        sizes = (peer_R * each).tolist()
+        sent = torch.zeros(sum(sizes), dtype=torch.uint8, device=self.device)
+        received = torch.empty_like(sent)
+        return self._timed(
+            lambda: dist.all_to_all_single(received, sent, sizes, sizes, group=self.domain.group)
+        )
+
+    def experts(self) -> dict[int, float]:
+        """Rows on a rank, even over its homes -> forward and backward ms."""
+        own, even = self.home[0].shape[0], self.shape.tokens * self.shape.top_k
+        sizes = sorted(
+            {max(1, even * part // 8) for part in (1, 4, 8, 16, 8 * min(4, self.shape.homes.ranks))}
+        )
+        return {rows: self._timed(lambda rows=rows: self._compute(rows, own)) for rows in sizes}
+
+    def _compute(self, rows: int, own: int) -> None:
+        if own == 0:
+            return
+        ends_J = torch.tensor([rows * (j + 1) // own for j in range(own)], dtype=torch.int32)
+        slot_N = torch.repeat_interleave(torch.arange(own), torch.diff(ends_J, prepend=ends_J.new_zeros(1)))
+        x_ND = self._rows(rows)
+        y_ND = self.forward(self.home, x_ND, ends_J.to(self.device), slot_N.to(self.device))
+        torch.autograd.grad(y_ND, [x_ND, *self.home], torch.ones_like(y_ND), allow_unused=True)
+
+    def copy(self) -> float:
+        """Gathering a micro-batch's rows by index: ms a megabyte."""
+        tokens, top_k = self.shape.tokens, self.shape.top_k
+        x_SD = self._rows(tokens).detach()
+        index_N = (
+            torch.randperm(tokens * top_k, generator=torch.Generator().manual_seed(0)).to(self.device)
+            // top_k
+        )
+        moved = tokens * top_k * self.shape.hidden * self.shape.dtype.itemsize
+        return self._timed(lambda: x_SD.index_select(0, index_N)) / (moved / 1e6)
+
+    def planning(self, planner: Planner) -> float:
+        """Host time of one plan, the first quarter of the experts twice as popular as the rest."""
+        homes, rows = self.shape.homes, self.shape.tokens * self.shape.top_k
+        share_E = np.where(np.arange(homes.experts) < homes.experts / 4, 2.0, 1.0)
+        counts_E = np.floor(rows * share_E / share_E.sum()).astype(np.int64)
+        counts_RE = np.tile(counts_E, (homes.ranks, 1))
+        return self._timed(lambda: planner.plan(counts_RE, homes))
+
+    def call(self, transports: Mapping[str, Transport], exchange: Exchange, tokens: int) -> float:
+        """A whole call of the layer, forward and backward, evenly routed, nothing lent."""
+        homes = self.shape.homes
+        layer = AdaptiveExperts(
+            self.domain.group, homes, FixedChoice(StaticPlanner(), exchange), transports, self.forward
+        )
+        ids_SK = self._even_ids(tokens)
+        weights_SK = torch.full(ids_SK.shape, 1.0 / self.shape.top_k, device=self.device, requires_grad=True)
+        x_SD = self._rows(tokens)
+
+        def step() -> None:
+            y_SD = layer(self.home, x_SD, ids_SK, weights_SK)
+            torch.autograd.grad(y_SD, [x_SD, *self.home], torch.ones_like(y_SD), allow_unused=True)
+
+        return self._timed(step)
+
+    def _even_ids(self, tokens: int) -> Tensor:
+        """K distinct experts for each token, drawn evenly; the same on every run."""
+        draw = torch.Generator().manual_seed(self.domain.rank)
+        ids = torch.rand(tokens, self.shape.homes.experts, generator=draw).argsort(dim=1)[
+            :, : self.shape.top_k
+        ]
+        return ids.to(self.device)
+
+    def _rows(self, rows: int) -> Tensor:
+        draw = torch.Generator().manual_seed(0)
+        made = torch.randn(rows, self.shape.hidden, generator=draw).to(self.device, self.shape.dtype)
+        return made.requires_grad_()
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        work()
+        return float(np.median([self._once(work) for _ in range(REPEATS)]))
+
+    def _once(self, work: Callable[[], object]) -> float:
+        dist.barrier(self.domain.group)
+        started_s = time.perf_counter()
+        work()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return self._slowest(1e3 * (time.perf_counter() - started_s))
+
+    def _slowest(self, value: float) -> float:
+        most = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.domain.group)
+        return float(most)
