@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src" / "anabranch"
 TESTS = ROOT / "tests"
 
 MIND = (
-    "errors", "units", "hardware", "workload", "telemetry",
+    "errors", "units", "hardware", "workload", "lab", "telemetry",
     "placement", "scheduling", "costs", "simulator", "planner",
 )  # fmt: skip
 MUSCLE = ("transport", "experts", "integrations", "training", "serving")

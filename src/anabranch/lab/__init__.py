@@ -1,0 +1,1 @@
+"""The lab: several nodes on one machine, with slow links and slow ranks, from Linux primitives only."""

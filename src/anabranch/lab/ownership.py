@@ -1,0 +1,122 @@
+"""Whose lab it is: a locked folder per lab, and the removal of labs whose owner is gone.
+
+The folder /run/anabranch/<lab> is locked by the owner, and the kernel drops the lock when the owner ends,
+however it ends. The folder is made before anything else of a lab and removed after everything else, so what
+bears a lab's name and has no locked folder belongs to nobody.
+"""
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from signal import SIGKILL
+from typing import NamedTuple
+
+from anabranch.errors import AnabranchError
+from anabranch.lab import cgroups, network
+from anabranch.lab.cgroups import Hierarchy, find_hierarchy
+from anabranch.lab.tools import Tools
+
+FOLDERS = Path("/run/anabranch")
+NAME = re.compile(r"(anab\d+-[0-9a-f]{6})(-hub|-n\d+)?")
+REMOVAL_S = 20.0
+
+
+class Cleaned(NamedTuple):
+    """removed: labs whose owner was gone. running: labs that their owners still use."""
+
+    removed: list[str]
+    running: list[str]
+
+
+def new_name() -> str:
+    """A name that tells the owner's process id, and that no other lab has."""
+    return f"anab{os.getpid()}-{secrets.token_hex(3)}"
+
+
+@contextmanager
+def owning(lab: str) -> Generator[Path]:
+    """The lab's folder, made and locked."""
+    folder = FOLDERS / lab
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Between mkdir and flock a cleaner may have taken the folder for one that nobody owns.
+        if folder.exists() and os.fstat(lock).st_ino == folder.stat().st_ino:
+            break
+        os.close(lock)
+    try:
+        yield folder
+    finally:
+        os.close(lock)
+
+
+def clean() -> Cleaned:
+    """Remove what labs without an owner have left. Raises AnabranchError where the kernel refuses."""
+    removed: list[str] = []
+    running: list[str] = []
+    for lab in _known():
+        with _taking_over(lab) as free:
+            if free:
+                remove(lab)
+            (removed if free else running).append(lab)
+    return Cleaned(removed, running)
+
+
+def remove(lab: str) -> None:
+    """End every process of a lab and delete its namespaces, cgroups and folder, whatever is left of them.
+
+    Raises AnabranchError where something is still there after REMOVAL_S.
+    """
+    hierarchy, tools = find_hierarchy(), Tools()
+    deadline_s = time.monotonic() + REMOVAL_S
+    while not _removed(lab, hierarchy, tools):
+        if time.monotonic() > deadline_s:
+            raise AnabranchError(f"{lab} resists removal; try `anabranch lab clean` again", setting="lab")
+        time.sleep(0.01)
+    shutil.rmtree(FOLDERS / lab, ignore_errors=True)
+
+
+def _removed(lab: str, hierarchy: Hierarchy | None, tools: Tools) -> bool:
+    """One attempt. Namespaces keep their names until no process is in them, else nobody finds those again."""
+    alive = network.processes(lab)
+    if hierarchy:
+        alive |= cgroups.processes(hierarchy, lab)
+    cgroups.send(alive, SIGKILL)
+    if alive:
+        return False
+    gone = network.delete(lab, tools)
+    return (hierarchy is None or cgroups.remove(hierarchy, lab)) and gone
+
+
+def _known() -> list[str]:
+    """Every lab of which something is there."""
+    hierarchy = find_hierarchy()
+    seen = [*(os.listdir(FOLDERS) if FOLDERS.exists() else []), *network.names()]
+    seen += cgroups.labs(hierarchy) if hierarchy else []
+    return sorted({match[1] for name in seen if (match := NAME.fullmatch(name))})
+
+
+@contextmanager
+def _taking_over(lab: str) -> Generator[bool]:
+    """Whether the lab has no owner; then it is locked meanwhile."""
+    try:
+        lock = os.open(FOLDERS / lab, os.O_RDONLY)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except BlockingIOError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(lock)
