@@ -35,6 +35,8 @@ ROW, DISPATCH_ROW, COMBINE_ROW, EXPERT = 256, 66, 128, 98304
 # ms of latency, ms a byte that each of all ranks sends at once.
 LINKS = {"intra": (0.25, 2e-6), "inter": (0.5, 4e-5)}
 COPY_MS_PER_MB = 0.5
+# Bytes sent one way alone take this part of the time they take with as many coming back.
+DUPLEX = 0.7
 
 
 def _link_ms(name, sent_bytes):
@@ -54,7 +56,9 @@ def _exchange_ms(rows_RR, row_bytes, classes=("intra", "inter")):
                         continue
                     out += rows_RR[s, d] * (NODES.node_R[s] == node)
                     into += rows_RR[s, d] * (NODES.node_R[d] == node)
-            worst[name] = max(worst[name], _link_ms(name, max(out, into) / 2 * row_bytes))
+            more, less = max(out, into), min(out, into)
+            turn = (more - less) * (DUPLEX if name == "inter" else 1) + less
+            worst[name] = max(worst[name], _link_ms(name, turn / 2 * row_bytes))
     return max(worst.values())
 
 
@@ -121,6 +125,7 @@ def machine_samples(noise=0.0, **changes):
     sizes = [1024 * 4**step for step in range(8)]
     return made_up_samples(
         link_ms={name: {size: seen(_link_ms(name, size)) for size in sizes} for name in LINKS},
+        one_way_ms={sizes[-1]: _link_ms("inter", 1024 + DUPLEX * (sizes[-1] - 1024))},
         expert_ms={rows: seen(_experts_ms(rows)) for rows in (16, 128, 1024, 4096, 8192)},
         plan_ms=PLAN_MS,
         call_ms=tuple(
@@ -213,7 +218,8 @@ def test_the_break_even_of_a_guest():
     prices = CalibratedPrices(machine_samples())
     for across, name in ((False, "intra"), (True, "inter")):
         # All ranks take part, so that the slow links' latency counts even where nothing crosses them.
-        lend = 2 * (max(_link_ms(name, EXPERT / 2), LINKS["inter"][0]) + COPY_MS_PER_MB * EXPERT / 1e6)
+        link = _link_ms(name, EXPERT / 2 * (DUPLEX if across else 1))
+        lend = 2 * (max(link, LINKS["inter"][0]) + COPY_MS_PER_MB * EXPERT / 1e6)
         rate = (_experts_ms(8192) - _experts_ms(16)) / (8192 - 16)
         assert prices.guest_rows(across_nodes=across) == round(lend / rate)
     assert prices.guest_rows(across_nodes=True) > prices.guest_rows(across_nodes=False)

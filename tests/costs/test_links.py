@@ -43,3 +43,22 @@ def test_a_class_without_peers_costs_nothing():
     links = Links({"intra": TABLES["intra"]}, Nodes.single(4))
     assert links.ms(Busiest(100.0, 0.0), 1.0) == 2.0
     assert links.ms(Busiest(100.0, 0.0), 1.0, ("inter",)) == 0.0
+
+
+def test_one_direction_alone_is_faster_where_directions_take_turns():
+    one_way = np.array([[0, 0, 8, 0], [0, 0, 0, 8], [0, 0, 0, 0], [0, 0, 0, 0]], dtype=float)
+    for one_way_ms, duplex in (({100: 8.0}, 0.5), ({50: 3.1, 100: 11.0}, 0.8), ({100: 13.0}, 1.0), ({}, 1.0)):
+        links = Links(TABLES, PAIRS, one_way_ms)
+        assert links.duplex == pytest.approx(duplex)
+        assert links.busiest(one_way).inter == pytest.approx(8 * duplex)
+        assert links.busiest(one_way + one_way.T).inter == pytest.approx(8)
+        # The measured exchange is given back.
+        if one_way_ms:
+            assert links.ms(links.busiest(one_way * 12.5), 1.0) == pytest.approx(one_way_ms[100])
+
+
+@pytest.mark.parametrize(("ms", "duplex"), [(20.0, 1.0), (0.0, 0.5)])
+def test_a_noisy_one_way_sample_stays_within_what_links_do(ms, duplex):
+    assert Links(TABLES, PAIRS, {100: ms}).duplex == duplex
+    assert Links({"inter": {0: 3.0, 100: 3.0}}, PAIRS, {100: ms}).duplex == 1.0
+    assert Links({"intra": TABLES["intra"]}, Nodes.single(2), {100: ms}).duplex == 1.0

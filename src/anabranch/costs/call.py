@@ -67,7 +67,7 @@ class CallModel:
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
         self.nodes = Nodes.of(samples.node_R)
-        self._links = Links(samples.link_ms, self.nodes)
+        self._links = Links(samples.link_ms, self.nodes, samples.one_way_ms)
         self._experts = Curve(samples.expert_ms)
         self._flow: Flow | None = None
         self._sizes: dict[str, _Sizes] = {}
@@ -98,11 +98,11 @@ class CallModel:
 
         0.0 where there is no such rank.
         """
-        homes_N = np.bincount(self.nodes.node_R)
-        ranks = float(homes_N.min() if across_nodes else homes_N.max())
-        if (across_nodes and homes_N.size == 1) or (not across_nodes and ranks == 1):
+        ranks_N = np.bincount(self.nodes.node_R)
+        ranks = float(ranks_N.min() if across_nodes else ranks_N.max())
+        if (across_nodes and ranks_N.size == 1) or (not across_nodes and ranks == 1):
             return 0.0
-        busiest = Busiest(0.0, 1 / ranks) if across_nodes else Busiest(1 / ranks, 0.0)
+        busiest = Busiest(0.0, self._links.duplex / ranks) if across_nodes else Busiest(1 / ranks, 0.0)
         return self._lend_ms(busiest, 1.0)
 
     def rows_worth_ms(self, ms: float) -> int:

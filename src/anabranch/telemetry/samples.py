@@ -5,7 +5,7 @@ Shape suffixes: R ranks of the process group.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Self, cast
 
 from anabranch.errors import ConfigError
@@ -35,6 +35,8 @@ class Samples:
     link_ms: by class of peers, "intra" (other ranks of the node) and "inter" (ranks of other nodes): bytes that
     each rank sends in total to its peers of the class, evenly, all ranks at once, to the time of one all-to-all
     (median over repetitions of the slowest rank). A class without peers is absent.
+    one_way_ms: the same between nodes in one direction: the ranks of every even node send so many bytes each, evenly
+    to those of the next node, and nothing comes back; a last node without a next one idles. Empty where not measured.
     expert_ms: rows on one rank, even over its homes, to the time of their computation, forward and backward.
     copy_ms_per_mb: gathering rows by index, per 10^6 bytes.
     plan_ms: host time of planning, by name of the planner.
@@ -54,6 +56,7 @@ class Samples:
     copy_ms_per_mb: float
     plan_ms: Mapping[str, float]
     call_ms: tuple[CallSample, ...]
+    one_way_ms: Mapping[int, float] = field(default_factory=dict[int, float])
 
     def __post_init__(self) -> None:
         """Raises ConfigError naming the first field that no machine could have measured."""
@@ -71,6 +74,7 @@ class Samples:
             )
             _require("link_ms, expert_ms", min(table) >= 0, "must have sizes of at least 0")
             _require_times("link_ms, expert_ms", table.values())
+        _require_times("one_way_ms", self.one_way_ms.values())
         _require_times("copy_ms_per_mb", (self.copy_ms_per_mb,))
         _require_times("plan_ms", self.plan_ms.values())
         _require("call_ms", bool(self.call_ms), "must hold a sample of every exchange")
@@ -82,6 +86,7 @@ class Samples:
         out = asdict(self)
         out["node_R"] = list(self.node_R)
         out["link_ms"] = {name: _with_text_keys(table) for name, table in self.link_ms.items()}
+        out["one_way_ms"] = _with_text_keys(self.one_way_ms)
         out["expert_ms"] = _with_text_keys(self.expert_ms)
         out["plan_ms"] = dict(self.plan_ms)
         out["call_ms"] = [call._asdict() for call in self.call_ms]
@@ -94,6 +99,7 @@ class Samples:
             found = dict(content)
             found["node_R"] = tuple(int(node) for node in found["node_R"])
             found["link_ms"] = {str(name): _with_sizes(table) for name, table in found["link_ms"].items()}
+            found["one_way_ms"] = _with_sizes(found["one_way_ms"])
             found["expert_ms"] = _with_sizes(found["expert_ms"])
             found["call_ms"] = tuple(CallSample(**call) for call in found["call_ms"])
             return cls(**found)
