@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from anabranch.cli.bench_balance import bench_balance_rank
+from anabranch.cli.bench_cluster import bench_cluster_rank
 from anabranch.cli.process import quiet
 from anabranch.cli.train import train_rank
 from anabranch.training.agreement import leave
 
 JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "bench_balance": bench_balance_rank,
+    "bench_cluster": bench_cluster_rank,
     "train": train_rank,
 }
 

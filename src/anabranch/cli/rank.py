@@ -25,7 +25,8 @@ def main(job_file: Path) -> None:
     with _LastWords(folder, rank):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # an interruption, as SIGINT is one
         request = json.loads(job_file.read_text())
-        threading.Thread(target=_end_with, args=(request["launcher"], folder), daemon=True).start()
+        if request["launcher"] is not None:  # a lab ends its own ranks
+            threading.Thread(target=_end_with, args=(request["launcher"], folder), daemon=True).start()
         result = import_module("anabranch.cli.jobs").carry_out(request["job"], request["settings"])
         if rank == 0:
             (folder / "result.json").write_text(json.dumps(result))
