@@ -40,14 +40,23 @@ LATE_IMPORTS = {
 HOST_SYNCS = {
     "transport/all_to_all.py::route": "numpy sizes of the plan, which is on the host: nothing waits",
     "transport/collectives.py::gather_counts": "the planner runs on the host: one read of R x E integers",
-    "transport/dedup.py::route": "the exchange takes its split sizes on the host: one read of R x R integers",
+    "transport/dedup.py::_rows": "slots of a chunk follow from its tokens: one read of chunks x J integers",
+    "transport/dedup.py::route": "numpy sizes of the legs, which are on the host: nothing waits",
+    "transport/domain.py::make_domain": "numpy, and once a group",
+    "transport/domain.py::nodes_of": "once a group",
+    "transport/leg.py::home": "numpy sizes, which are on the host: nothing waits",
+    "transport/leg.py::make_legs": "an exchange takes its split sizes on the host: one read of M x M integers",
+    "transport/leg.py::out": "numpy sizes, which are on the host: nothing waits",
+    "transport/two_level.py::_stages": "numpy, in an error message",
 }
 TEST_HELPERS = {
     "conftest.py": "fixtures for every room",
     "run_distributed.py": "functions on real ranks",
+    "lab/remains.py": "what labs have left on this machine",
     "integrations/conftest.py": "the judge of parity and its report",
     "integrations/parity.py": "one training, in one process and on ranks, compared",
     "integrations/toy_models.py": "toy models of real families and the text they read",
+    "training/starting.py": "a run on a rank, as `anabranch train` starts it",
 }
 TEST_FOLDERS = {"property", "distributed", "golden", "validation", "faults"}  # all others mirror a room
 

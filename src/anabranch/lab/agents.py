@@ -3,6 +3,7 @@
 `nsenter` and not `ip netns exec` enters a namespace: the latter hides /sys/fs/cgroup.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -50,16 +51,17 @@ class Job:
     def start(self, command: list[str], env: Mapping[str, str]) -> None:
         """Start the agents, all at once: each takes seconds of CPU to import torch."""
         self._records.mkdir()
+        (self._records / seat.COMMAND).write_text(json.dumps(command))
         ours = {"ANABRANCH_LAB": str(self._spec), "GLOO_SOCKET_IFNAME": network.INTERFACE}
         environment = DEFAULTS | dict(os.environ) | dict(env) | ours
         for node in range(self._spec.nodes):
-            line = inside(self._hierarchy, self._lab, node, AGENTS, self._torchrun(node, command))
+            line = inside(self._hierarchy, self._lab, node, AGENTS, self._torchrun(node))
             # A session of its own: a terminal's Ctrl-C is for the lab, which ends the ranks in order.
             self._agents.append(
                 subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
             )
 
-    def _torchrun(self, node: int, command: list[str]) -> list[str]:
+    def _torchrun(self, node: int) -> list[str]:
         python = [sys.executable, "-P"]  # -P: no script's folder among the modules
         sit = [*python, seat.__file__, str(self._hierarchy.group(self._lab)), str(self._records)]
         return [
@@ -67,7 +69,7 @@ class Job:
             f"--nnodes={self._spec.nodes}", f"--nproc-per-node={self._spec.ranks_per_node}",
             f"--node-rank={node}", f"--master-addr={network.address(0)}", f"--master-port={self._port}",
             f"--local-addr={network.address(node)}", "--max-restarts=0", "--monitor-interval=0.5",
-            f"--log-dir={self._records / f'.node{node}'}", "--no-python", *sit, *command,
+            f"--log-dir={self._records / f'.node{node}'}", "--no-python", *sit,
         ]  # fmt: skip
 
     def wait(self, timeout_s: float | None) -> int:

@@ -1,5 +1,6 @@
 """An emulated cluster that lives as long as a `with` block."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -42,8 +43,9 @@ class Lab:
             raise AnabranchError(reason, setting="lab")
         clean()
         with ExitStack() as undo:
+            lock = undo.enter_context(ExitStack())  # given up last
             held = self._watch(undo)
-            self._folder = undo.enter_context(owning(self.name))
+            self._folder = lock.enter_context(owning(self.name))
             self._hierarchy = _hierarchy()
             cgroups.create(self._hierarchy, self.name, self.spec.ranks, self.spec.cpu)
             network.build(self.name, self.spec, Tools((held,)))
@@ -83,7 +85,7 @@ class Lab:
         dog = subprocess.Popen(
             [sys.executable, "-m", "anabranch.lab.watchdog", self.name],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-            env={"PYTHONPATH": str(PACKAGES), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+            env=dict(os.environ) | {"PYTHONPATH": str(PACKAGES)},
         )  # fmt: skip
         undo.callback(_take_down, self.name, dog)
         assert dog.stdin is not None and dog.stdout is not None

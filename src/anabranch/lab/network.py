@@ -11,9 +11,9 @@ so it costs no CPU for cutting them up, delivers what is set from 200 Mbit/s to 
 far smaller than a message.
 """
 
-import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from anabranch.lab.spec import LabSpec
@@ -66,12 +66,6 @@ def _shape(home: str, interface: str, rate_mbit: float, tools: Tools) -> None:
           "rate", rate, "burst", burst, "cburst", burst, "quantum", str(QUANTUM_BYTES))  # fmt: skip
 
 
-def sent_bytes(lab: str, node: int, interface: str, tools: Tools) -> int:
-    """What the interface of a node has sent since it was made, by the kernel's counter."""
-    told = json.loads(tools("ip", "-n", namespace(lab, node), "-s", "-j", "link", "show", "dev", interface))
-    return int(told[0]["stats64"]["tx"]["bytes"])
-
-
 def names() -> list[str]:
     """Every named namespace of the machine."""
     return os.listdir(NAMESPACES) if NAMESPACES.exists() else []
@@ -84,14 +78,15 @@ def of_lab(lab: str) -> list[str]:
 
 def processes(lab: str) -> set[int]:
     """The ids of all processes in the lab's namespaces."""
-    inodes = {(NAMESPACES / name).stat().st_ino for name in of_lab(lab)}
+    inodes: set[int] = set()
+    for name in of_lab(lab):
+        with suppress(FileNotFoundError):
+            inodes.add((NAMESPACES / name).stat().st_ino)
     found: set[int] = set()
     for entry in os.listdir("/proc") if inodes else []:
-        try:
+        with suppress(OSError):  # it has ended meanwhile
             if entry.isdigit() and os.stat(f"/proc/{entry}/ns/net").st_ino in inodes:
                 found.add(int(entry))
-        except OSError:  # it has ended meanwhile
-            continue
     return found
 
 

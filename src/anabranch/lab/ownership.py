@@ -43,14 +43,9 @@ def new_name() -> str:
 def owning(lab: str) -> Generator[Path]:
     """The lab's folder, made and locked."""
     folder = FOLDERS / lab
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        # Between mkdir and flock a cleaner may have taken the folder for one that nobody owns.
-        if folder.exists() and os.fstat(lock).st_ino == folder.stat().st_ino:
-            break
-        os.close(lock)
+    with _alone():
+        folder.mkdir()
+        lock = _lock(folder, fcntl.LOCK_EX)
     try:
         yield folder
     finally:
@@ -61,11 +56,13 @@ def clean() -> Cleaned:
     """Remove what labs without an owner have left. Raises AnabranchError where the kernel refuses."""
     removed: list[str] = []
     running: list[str] = []
-    for lab in _known():
-        with _taking_over(lab) as free:
-            if free:
+    with _alone():
+        for lab in _known():
+            if _owned(lab):
+                running.append(lab)
+            else:
                 remove(lab)
-            (removed if free else running).append(lab)
+                removed.append(lab)
     return Cleaned(removed, running)
 
 
@@ -103,20 +100,34 @@ def _known() -> list[str]:
     return sorted({match[1] for name in seen if (match := NAME.fullmatch(name))})
 
 
-@contextmanager
-def _taking_over(lab: str) -> Generator[bool]:
-    """Whether the lab has no owner; then it is locked meanwhile."""
+def _owned(lab: str) -> bool:
+    """Whether somebody holds the lab's lock."""
     try:
-        lock = os.open(FOLDERS / lab, os.O_RDONLY)
-    except FileNotFoundError:
-        yield True
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
+        os.close(_lock(FOLDERS / lab, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except BlockingIOError:
-        free = False
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+@contextmanager
+def _alone() -> Generator[None]:
+    """One process at a time: a folder that is made but not yet locked looks like one that nobody owns."""
+    FOLDERS.mkdir(parents=True, exist_ok=True)
+    lock = _lock(FOLDERS, fcntl.LOCK_EX)
     try:
-        yield free
+        yield
     finally:
         os.close(lock)
+
+
+def _lock(folder: Path, operation: int) -> int:
+    """An open file that holds a folder's lock until it is closed. Raises BlockingIOError where asked to."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(file, operation)
+    except OSError:
+        os.close(file)
+        raise
+    return file

@@ -1,13 +1,15 @@
 """A rank's seat: run by torchrun's agent as the rank, it starts the rank's command inside the rank's cgroup.
 
-    python seat.py CGROUPS RECORDS COMMAND...
+    python seat.py CGROUPS RECORDS
 
-CGROUPS is the lab's folder of groups, RECORDS one for how ranks ended. The seat itself is not under the quota.
+CGROUPS is the lab's folder of groups, RECORDS one for how ranks ended, with the command line in it: torchrun
+would take a `$` in an argument for a macro of its own. The seat itself is not under the quota.
 When the command fails, the seat keeps that from the agent, which would print a traceback of its own: it waits
 for the lab, which reads the records, to end everything. Only the standard library: run by its path, it needs
 nothing of the command's environment.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -16,16 +18,17 @@ import time
 from pathlib import Path
 from types import FrameType
 
+COMMAND = "command.json"
 NOT_FOUND = 127
 SIGNALLED = 128
 
 
 def main() -> None:
     """Run the command, record its exit status, and wait for the end where that is not 0."""
-    cgroups, records, *command = sys.argv[1:]
+    cgroups, records = sys.argv[1:]
     rank = os.environ["RANK"]
     group = Path(cgroups, f"rank{rank}", "cgroup.procs")
-    status = _run(command, group)
+    status = _run(json.loads(Path(records, COMMAND).read_text()), group)
     told = Path(records, f"rank{rank}")
     written = told.with_name(f".{told.name}")
     written.write_text(f"{time.monotonic_ns()} {status}")

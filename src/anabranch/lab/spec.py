@@ -85,5 +85,5 @@ class LabSpec:
             return None
         return (
             f"{self.ranks} ranks of {self.cpu:g} cores want {self.cpu * self.ranks:.3g} of {cores}: they will "
-            f"wait for each other and not be equal devices; use --cpu {0.95 * cores / self.ranks:.2f} or less"
+            f"wait for each other and not be equal devices; use --cpu {int(95 * cores / self.ranks) / 100:g} or less"
         )
