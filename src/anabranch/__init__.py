@@ -6,8 +6,6 @@ model = AutoModelForCausalLM.from_pretrained(path, distributed_config=Distribute
     fsdp_size=2, ep_size=2, ep_implementation="anabranch"))
 """
 
-from pathlib import Path
-
 from anabranch.errors import AnabranchError
 
 __version__ = "0.1.0"
@@ -41,6 +39,8 @@ def enable(
     setting, before anything is registered.
     """
     # Imported here so that the planning half of the package works where torch is not installed.
+    from pathlib import Path
+
     from anabranch.costs.calibrate import Calibration
     from anabranch.integrations.transformers import AdaptiveSettings, register
 

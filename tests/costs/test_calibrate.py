@@ -3,17 +3,8 @@ import json
 import pytest
 from tests.telemetry.test_samples import made_up_samples
 
-from anabranch.costs.calibrate import Calibration, cache_key
+from anabranch.costs.calibrate import Calibration
 from anabranch.errors import ConfigError
-
-FACTS = {
-    "hosts": ("n0", "n0", "n1"),
-    "lab": "1x3 inter=200mbit",
-    "software": {"torch": "2.13", "anabranch": "0.1"},
-    "shape": {"hidden": 64, "experts": 16},
-    "codecs": ("none", "int8"),
-    "dtype": "float32",
-}
 
 
 def test_what_was_stored_is_loaded(tmp_path):
@@ -25,28 +16,6 @@ def test_what_was_stored_is_loaded(tmp_path):
     assert calibration.load("a") == made_up_samples()
     assert calibration.load("b").hidden == 16
     assert sorted(path.name for path in calibration.folder.iterdir()) == ["samples-a.json", "samples-b.json"]
-
-
-@pytest.mark.parametrize(
-    ("fact", "value"),
-    [
-        ("hosts", ("n0", "n1", "n1")),
-        ("hosts", ("n0", "n0")),
-        ("lab", None),
-        ("software", {"torch": "2.14", "anabranch": "0.1"}),
-        ("shape", {"hidden": 64, "experts": 32}),
-        ("codecs", ("int8", "none")),
-        ("dtype", "bfloat16"),
-    ],
-)
-def test_the_key_depends_on_every_fact(fact, value):
-    assert cache_key(**{**FACTS, fact: value}) != cache_key(**FACTS)
-
-
-def test_the_key_does_not_depend_on_the_order_of_names():
-    again = {**FACTS, "software": dict(reversed(FACTS["software"].items()))}
-    assert cache_key(**again) == cache_key(**FACTS)
-    assert len(cache_key(**FACTS)) == 32
 
 
 def _damage(text):

@@ -30,7 +30,7 @@ def add_tokenizer(folder, vocab_size=300):
     ).save_pretrained(folder)
 
 
-@pytest.mark.parametrize(("preset", "experts", "length"), [("tiny", 16, 256), ("small", 32, 512)])
+@pytest.mark.parametrize(("preset", "experts", "length"), [("tiny", 16, 256), ("tiny8", 32, 256), ("small", 32, 512)])
 def test_presets_are_models_from_scratch(preset, experts, length):
     origin = find_origin(preset, None)
     assert (origin.experts, origin.sequence_length, origin.weights) == (experts, length, None)

@@ -116,7 +116,9 @@ class ClusterRank:
         self.ours.step(self._even(bench.cases.tokens))
         first = self.ours.adaptive[0]
         self.carriers = {"none": first.carriers}
-        self.carriers["int8"] = Carriers(first.carriers.domain, first.carriers.exchanges, Wires("int8", "int8"))
+        self.carriers["int8"] = Carriers(
+            first.carriers.domain, first.carriers.exchanges, Wires("int8", "int8")
+        )
         chooser = first.layer.chooser if first.layer else None
         assert isinstance(chooser, CheapestChoice)
         self.prices = chooser.prices
@@ -132,7 +134,7 @@ class ClusterRank:
         for turn in range(self.bench.rounds + 1):
             step = PAST - 1 + turn
             ids = self._tensors(self.cases.ids(workload, step))
-            even = [ids_SK for ids_SK in self._even(self.cases.tokens)]
+            even = self._even(self.cases.tokens)
             counts = self.cases.counts(workload, step)
             first = turn % len(self.policies)
             for policy in self.policies[first:] + self.policies[:first]:
@@ -159,7 +161,9 @@ class ClusterRank:
             calls_ms = [self._priced(policy, c.plan, c.exchange, c.planner) for c in choices]
         tokens = max(int(ids_SK.shape[0]) for ids_SK in ids)
         most = max(int(counts_RE.sum(axis=1).max()) // self.cases.top_k for counts_RE in counts)
-        rest_ms = np.interp(tokens if policy.name == IDEAL else most, self.sizes, [self.rest_ms[n] for n in self.sizes])
+        rest_ms = np.interp(
+            tokens if policy.name == IDEAL else most, self.sizes, [self.rest_ms[n] for n in self.sizes]
+        )
         run.predicted_ms.append(float(rest_ms) + sum(calls_ms))
 
     def _priced(self, policy: Policy, plan: Any, exchange: Exchange, planner: str) -> float:
@@ -194,7 +198,11 @@ class ClusterRank:
         return [torch.from_numpy(by_rank[self.rank]) for by_rank in ids]
 
     def _even(self, tokens: int) -> list[Tensor]:
-        cases = self.cases if tokens == self.cases.tokens else ClusterCases(**{**vars(self.cases), "tokens": tokens})
+        cases = (
+            self.cases
+            if tokens == self.cases.tokens
+            else ClusterCases(**{**vars(self.cases), "tokens": tokens})
+        )
         return self._tensors(cases.ids("W0", 0))
 
     def _median(self, step: Any, tokens: int) -> float:
@@ -205,7 +213,9 @@ class ClusterRank:
     def _with_transformers(self, samples: Samples) -> Samples:
         """Their all_to_all as one more exchange: what a layer of theirs adds to the rest of the model."""
         calls = tuple(
-            CallSample(TRANSFORMERS, 1, n, (self._median(self.theirs.step, n) - self.rest_ms[n]) / self.ours.layers)
+            CallSample(
+                TRANSFORMERS, 1, n, (self._median(self.theirs.step, n) - self.rest_ms[n]) / self.ours.layers
+            )
             for n in self.sizes
         )
         return Samples(**{**vars(samples), "call_ms": (*samples.call_ms, *calls)})
@@ -214,7 +224,11 @@ class ClusterRank:
         run = runs[policy]
         mine = np.array([t.step_ms for t in run.timed])
         # Ratios within a round, where the machine's other load hit both sides alike, then their median.
-        ratio = {p.name: np.array([t.step_ms for t in runs[p].timed]) / mine for p in runs if p.name in (TRANSFORMERS, IDEAL)}
+        ratio = {
+            p.name: np.array([t.step_ms for t in runs[p].timed]) / mine
+            for p in runs
+            if p.name in (TRANSFORMERS, IDEAL)
+        }
         low, high = np.percentile(mine, [25, 75])
         rounds = range(PAST, PAST + self.bench.rounds)
         before = [self.cases.max_mean_of(self.cases.counts(workload, step)) for step in rounds]
@@ -223,16 +237,24 @@ class ClusterRank:
         inter, intra = self._bytes(policy, workload, run)
         seen = [o for round_ in run.seen for o in round_]
         chosen = Counter(f"{o.choice.planner} {_named(o.choice.exchange)}" for o in seen)
-        transport = "all_to_all" if policy.name == TRANSFORMERS else _most([o.choice.exchange.transport for o in seen])
+        transport = (
+            "all_to_all"
+            if policy.name == TRANSFORMERS
+            else _most([o.choice.exchange.transport for o in seen])
+        )
         return {
             "workload": workload,
             "policy": policy.name,
             "transport": transport,
             "chunks": 1 if not seen else int(_most([str(o.choice.exchange.chunks) for o in seen])),
             "codec": policy.codec,
-            "chosen": ", ".join(f"{name} x{n}" for name, n in chosen.most_common()) if policy.exchange is None else "",
+            "chosen": ", ".join(f"{name} x{n}" for name, n in chosen.most_common())
+            if policy.exchange is None
+            else "",
             "max_mean_before": round(1.0 if policy.name == IDEAL else float(np.mean(before)), 3),
-            "max_mean_after": round(float(np.mean([max_over_mean(o.plan.rows_R) for o in seen] or before)), 3),
+            "max_mean_after": round(
+                float(np.mean([max_over_mean(o.plan.rows_R) for o in seen] or before)), 3
+            ),
             "step_ms_median": round(float(np.median(mine)), 1),
             "step_ms_spread": round(float(high - low), 1),
             "speedup_vs_transformers": round(float(np.median(ratio[TRANSFORMERS])), 4),
@@ -255,7 +277,9 @@ class ClusterRank:
             return tuple(int(n) for n in np.mean(steps, axis=0))  # type: ignore[return-value]
         mine = torch.zeros(2, dtype=torch.int64)
         for o in (o for round_ in run.seen for o in round_):
-            mine += torch.tensor([o.tokens.inter_bytes + o.weights.inter_bytes, o.tokens.intra_bytes + o.weights.intra_bytes])
+            mine += torch.tensor(
+                [o.tokens.inter_bytes + o.weights.inter_bytes, o.tokens.intra_bytes + o.weights.intra_bytes]
+            )
         dist.all_reduce(mine)
         inter, intra = (mine // len(run.timed)).tolist()
         return inter, intra
@@ -265,7 +289,9 @@ class ClusterRank:
         node_R = self.carriers["none"].domain.nodes.node_R
         inter = intra = 0
         for counts_RE in counts:
-            rows_RR = np.stack([counts_RE[:, self.homes.rank_E == r].sum(axis=1) for r in range(self.ranks)], axis=1)
+            rows_RR = np.stack(
+                [counts_RE[:, self.homes.rank_E == r].sum(axis=1) for r in range(self.ranks)], axis=1
+            )
             far_RR = node_R[:, None] != node_R[None, :]
             inter += int(rows_RR[far_RR].sum())
             intra += int(rows_RR[~far_RR].sum() - np.trace(rows_RR))

@@ -19,6 +19,7 @@ from anabranch.lab.cluster import Lab
 from anabranch.lab.spec import LabSpec
 from anabranch.training.presets import presets
 
+MODEL = "tiny8"
 INTRA_MBIT = 5_000.0
 QUICK_WORKLOADS = ["W0", "W2", NATURAL]
 
@@ -61,7 +62,9 @@ def quick_grid(cores: int) -> Grid:
     return Grid(full_grid(cores).labs[:2], QUICK_WORKLOADS)
 
 
-def measure(grid: Grid, cases: ClusterCases, rounds: int, slots: int, epsilon: float) -> Iterator[list[dict[str, Any]]]:
+def measure(
+    grid: Grid, cases: ClusterCases, rounds: int, slots: int, epsilon: float
+) -> Iterator[list[dict[str, Any]]]:
     """The rows of one lab after the other. Raises AnabranchError where a lab cannot be set up or a rank fails."""
     with tempfile.TemporaryDirectory(prefix="anabranch-cluster-") as name:
         folder = Path(name)
@@ -88,7 +91,7 @@ def measure(grid: Grid, cases: ClusterCases, rounds: int, slots: int, epsilon: f
 def write_model(folder: Path) -> None:
     """Initial weights of the preset tiny: every policy and every lab starts from them."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(presets()["tiny"].config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(presets()[MODEL].config).save_pretrained(folder)
 
 
 def _in_lab(spec: LabSpec, folder: Path, bench: ClusterBench) -> list[dict[str, Any]]:
@@ -125,7 +128,9 @@ def verdict(rows: list[dict[str, Any]]) -> Verdict:
         to_best.append(auto["step_ms_median"] / min(fixed))
         if theirs["max_mean_before"] >= 1.5:
             speedups.append(auto["speedup_vs_transformers"])
-    errors = [abs(r["predicted_ms"] / r["step_ms_median"] - 1.0) for r in rows if r["predicted_ms"] is not None]
+    errors = [
+        abs(r["predicted_ms"] / r["step_ms_median"] - 1.0) for r in rows if r["predicted_ms"] is not None
+    ]
     return Verdict(
         len(cells), max(to_theirs), max(to_best), len(speedups),
         float(np.median(speedups)) if speedups else float("nan"), float(np.median(errors)),

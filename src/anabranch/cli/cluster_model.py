@@ -39,7 +39,9 @@ class StepModel:
 
     def __init__(self, folder: str, ranks: int, implementation: str) -> None:
         sharding = DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation=implementation)
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, distributed_config=sharding)
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, distributed_config=sharding
+        )
         self.model.train()
         self.ids: list[Tensor] = []
         for module in self.model.modules():

@@ -3,11 +3,9 @@
 One small JSON file for each key, in one folder.
 """
 
-import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,33 +15,6 @@ from anabranch.telemetry.samples import Samples
 
 # Files of another form are measured anew. To be raised with every change of what a sample means.
 VERSION = 1
-
-
-def cache_key(
-    *,
-    hosts: Sequence[str],
-    lab: str | None,
-    software: Mapping[str, str],
-    shape: Mapping[str, int],
-    codecs: tuple[str, str],
-    dtype: str,
-) -> str:
-    """A digest of all that samples depend on: 32 hexadecimal digits.
-
-    hosts: the name of each rank's node, in rank order, so that its length is the world size. lab: the emulated
-    cluster's description, None outside of one. software: versions by package. shape: the layer's and model's sizes.
-    codecs: of dispatch and of combine.
-    """
-    facts = {
-        "version": VERSION,
-        "hosts": list(hosts),
-        "lab": lab,
-        "software": dict(software),
-        "shape": dict(shape),
-        "codecs": list(codecs),
-        "dtype": dtype,
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class Calibration:

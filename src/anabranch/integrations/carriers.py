@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anabranch.experts.grouped import ExpertsForward
-from anabranch.experts.measure import LayerShape, Probe
+from anabranch.integrations.measure import LayerShape, Probe
 from anabranch.placement.base import Planner
 from anabranch.placement.choice import Exchange
 from anabranch.placement.policy import PLANNERS, make_planner
@@ -58,7 +58,7 @@ class Carriers:
         return planners | {planner.name: planner for planner in within}
 
     def _key(self, probe: Probe) -> str:
-        """A digest of everything a measurement depends on. Micro-batches of about one size share it: the next power of two."""
+        """A digest of all that a measurement depends on; micro-batches share it up to the next power of two."""
         shape = probe.shape
         facts = {
             "host": socket.gethostname(),

@@ -27,9 +27,9 @@ from anabranch.errors import ConfigError, RankError
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.experts.grouped import experts_forward
 from anabranch.experts.guests import tie
-from anabranch.experts.measure import LayerShape
 from anabranch.integrations.carriers import Carriers
 from anabranch.integrations.empty_share import bypass_sharding, load_empty_shares
+from anabranch.integrations.measure import LayerShape
 from anabranch.placement.base import Homes
 from anabranch.placement.cheapest import CheapestChoice, candidate_planners
 from anabranch.placement.checks import require_count
@@ -75,8 +75,11 @@ class AdaptiveSettings:
                 f"{self.transport} sends a micro-batch in one piece; use {' or '.join(OVERLAPPING)}, or chunks=1",
                 setting="chunks",
             )
-        wires = self.wires
-        if wires != Wires() and self.transport == "all_gather":
+        if self.planner == AUTO and self.transport == "all_gather":
+            raise ConfigError(
+                "all_gather has fixed buffers and no price; use another transport", setting="transport"
+            )
+        if self.wires != Wires() and self.transport == "all_gather":
             raise ConfigError(
                 "all_gather sends rows as they are; use another transport", setting="dispatch_wire"
             )

@@ -13,7 +13,7 @@ class Preset(NamedTuple):
 
 
 def _qwen3_moe(
-    hidden: int, layers: int, heads: int, experts: int, width: int, vocab: int
+    hidden: int, layers: int, heads: int, experts: int, width: int, vocab: int, top_k: int = 4
 ) -> PreTrainedConfig:
     return Qwen3MoeConfig(
         vocab_size=vocab,
@@ -25,7 +25,7 @@ def _qwen3_moe(
         num_key_value_heads=max(1, heads // 2),
         head_dim=hidden // heads,  # pyright: ignore[reportCallIssue] - a dataclass by decorator
         num_experts=experts,
-        num_experts_per_tok=4,
+        num_experts_per_tok=top_k,
         norm_topk_prob=True,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
@@ -37,6 +37,11 @@ def presets() -> dict[str, Preset]:
     return {
         "tiny": Preset(
             _qwen3_moe(hidden=128, layers=4, heads=4, experts=16, width=256, vocab=4096), sequence_length=256
+        ),
+        # Eight of many experts a token, as the large models route: what crosses between ranks differs most there.
+        "tiny8": Preset(
+            _qwen3_moe(hidden=128, layers=2, heads=4, experts=32, width=256, vocab=2048, top_k=8),
+            sequence_length=256,
         ),
         "small": Preset(
             _qwen3_moe(hidden=384, layers=8, heads=6, experts=32, width=512, vocab=16384), sequence_length=512

@@ -22,7 +22,7 @@ from anabranch.telemetry.samples import CallSample, Samples
 from anabranch.transport.base import Transport, Wires
 from anabranch.transport.domain import Domain
 
-REPEATS = 3
+REPEATS = 5
 
 
 class LayerShape(NamedTuple):
@@ -68,6 +68,7 @@ class Probe:
                 top_k=self.shape.top_k,
                 node_R=tuple(self.domain.nodes.node_R.tolist()),
                 link_ms=self.links(),
+                one_way_ms=self.one_way(),
                 expert_ms=self.experts(),
                 copy_ms_per_mb=self.copy(),
                 plan_ms={name: self.planning(planner) for name, planner in planners.items()},
@@ -90,15 +91,26 @@ class Probe:
         most = 2 * self.shape.tokens * self.shape.top_k * self.shape.hidden * self.shape.dtype.itemsize
         sizes = [n for n in (1 << 12, 1 << 16, 1 << 19, 1 << 21) if n < most] + [most]
         present = [name for name in ("intra", "inter") if self._slowest(float(peers[name].any()))]
-        return {name: {n: self._exchange(peers[name], n) for n in sizes} for name in present}
+        return {name: {n: self._exchange(peers[name], peers[name], n) for n in sizes} for name in present}
 
-    def _exchange(self, peer_R: np.ndarray, total_bytes: int) -> float:
-        each = total_bytes // max(1, int(peer_R.sum()))
-        sizes = (peer_R * each).tolist()
-        sent = torch.zeros(sum(sizes), dtype=torch.uint8, device=self.device)
-        received = torch.empty_like(sent)
+    def one_way(self) -> dict[int, float]:
+        """Bytes each rank of an even node sends to the next node, from which nothing returns -> ms."""
+        nodes = self.domain.nodes
+        if nodes.count == 1 or not nodes.regular:
+            return {}
+        mine, nobody = int(nodes.node_R[self.domain.rank]), np.zeros(nodes.ranks, dtype=bool)
+        partner_R = nodes.node_R == (mine ^ 1)
+        to_R, from_R = (partner_R, nobody) if mine % 2 == 0 else (nobody, partner_R)
+        total_bytes = 1 << 20
+        return {total_bytes: self._exchange(to_R, from_R, total_bytes)}
+
+    def _exchange(self, to_R: np.ndarray, from_R: np.ndarray, total_bytes: int) -> float:
+        peers = max(1, int(to_R.sum()), int(from_R.sum()))
+        send, receive = ((ranks_R * (total_bytes // peers)).tolist() for ranks_R in (to_R, from_R))
+        sent = torch.zeros(sum(send), dtype=torch.uint8, device=self.device)
+        received = torch.empty(sum(receive), dtype=torch.uint8, device=self.device)
         return self._timed(
-            lambda: dist.all_to_all_single(received, sent, sizes, sizes, group=self.domain.group)
+            lambda: dist.all_to_all_single(received, sent, receive, send, group=self.domain.group)
         )
 
     def experts(self) -> dict[int, float]:
