@@ -71,6 +71,8 @@ def check_command(
     spec = _spec(nodes, ranks_per_node, inter, intra, cpu)
     if json_file is not None:
         require_folder("json", json_file.absolute().parent)
+        if json_file.is_dir():
+            raise ConfigError(f"{json_file} is a folder; name a file", setting="json")
     with _ending_in_order(), Lab(spec) as cluster:
         findings = list(check(cluster))
     netem = has_netem()
