@@ -80,7 +80,7 @@ def refusals(toy_model, tmp_path):
         "ep_size": (["--ep-size", "3"], "ep_size: 3 does not divide ranks=2; use one of 1, 2"),
         "ranks": (["--ranks", "5"], "ep_size: 5 ranks would share 4 experts; use at most 4"),
         "no ranks": (["--ranks", "0"], "ranks: 0 is too small; use at least 1"),
-        "model": (["--model", "tinny"], "model: 'tinny' is neither a preset (tiny, small) nor a folder"),
+        "model": (["--model", "tinny"], "model: 'tinny' is neither a preset (tiny, tiny8, small) nor a folder"),
         "dense": (["--model", dense], "model: llama has no expert-parallel plan in transformers; use a MoE"),
         "config": (["--model", file], f"model: {file} is not a model configuration: It looks like the config"),
         "dtype": (["--dtype", "float16"], "dtype: 'float16' is unknown; use float32 or bfloat16"),

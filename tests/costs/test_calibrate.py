@@ -15,7 +15,10 @@ def test_what_was_stored_is_loaded(tmp_path):
     calibration.store("b", made_up_samples(hidden=16))
     assert calibration.load("a") == made_up_samples()
     assert calibration.load("b").hidden == 16
-    assert sorted(path.name for path in calibration.folder.iterdir()) == ["samples-a.json", "samples-b.json"]
+    assert sorted(path.name for path in calibration.folder.iterdir()) == [
+        "samples-2-a.json",
+        "samples-2-b.json",
+    ]
 
 
 def _damage(text):

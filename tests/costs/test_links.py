@@ -57,6 +57,21 @@ def test_one_direction_alone_is_faster_where_directions_take_turns():
             assert links.ms(links.busiest(one_way * 12.5), 1.0) == pytest.approx(one_way_ms[100])
 
 
+def test_a_rank_that_sends_alone_is_bounded_by_itself():
+    alone = np.zeros((4, 4))
+    alone[0, 2] = 8.0
+    assert Links(TABLES, PAIRS).busiest(alone).inter == 4.0
+    for alone_ms, bound in ((3.0, 4.0), (8.0, 4.0), (10.5, 6.0), (13.0, 8.0), (99.0, 8.0)):
+        links = Links(TABLES, PAIRS, alone_ms={"inter": {100: alone_ms}})
+        assert links.busiest(alone).inter == pytest.approx(bound)
+        assert links.busiest(alone).intra == 0.0
+        everyone = np.array([[0, 0, 4, 4], [0, 0, 4, 4], [4, 4, 0, 0], [4, 4, 0, 0]], dtype=float)
+        assert links.busiest(everyone).inter == pytest.approx(8.0)
+    inside = np.zeros((4, 4))
+    inside[0, 1] = inside[0, 0] = 6.0
+    assert Links(TABLES, PAIRS, alone_ms={"intra": {100: 2.0}}).busiest(inside).intra == pytest.approx(6.0)
+
+
 @pytest.mark.parametrize(("ms", "duplex"), [(20.0, 1.0), (0.0, 0.5)])
 def test_a_noisy_one_way_sample_stays_within_what_links_do(ms, duplex):
     assert Links(TABLES, PAIRS, {100: ms}).duplex == duplex

@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.training.starting import start
 
 from anabranch.integrations.transformers import AdaptiveSettings
 from anabranch.training.config import RunConfig
-from anabranch.training.runner import run
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 250.0  # a busy machine takes a minute to start three processes
@@ -128,7 +128,7 @@ def test_a_killed_launcher_leaves_no_rank_behind(endless, out, temporary):
 
 def train(settings):
     """On a rank of the pool: the losses of an uninterrupted run."""
-    return list(run(RunConfig.from_dict(settings)).losses)
+    return list(start(RunConfig.from_dict(settings)).losses)
 
 
 def losses(pool, toy_run, out, planner):

@@ -30,7 +30,9 @@ def add_tokenizer(folder, vocab_size=300):
     ).save_pretrained(folder)
 
 
-@pytest.mark.parametrize(("preset", "experts", "length"), [("tiny", 16, 256), ("tiny8", 32, 256), ("small", 32, 512)])
+@pytest.mark.parametrize(
+    ("preset", "experts", "length"), [("tiny", 16, 256), ("tiny8", 32, 256), ("small", 32, 512)]
+)
 def test_presets_are_models_from_scratch(preset, experts, length):
     origin = find_origin(preset, None)
     assert (origin.experts, origin.sequence_length, origin.weights) == (experts, length, None)
@@ -94,7 +96,7 @@ def test_weights_in_another_format_are_not_passed_over(folder):
 
 def test_what_is_not_here_is_not_downloaded():
     with pytest.raises(
-        ConfigError, match=r"^model: 'tinny' is neither a preset \(tiny, small\) nor a folder"
+        ConfigError, match=r"^model: 'tinny' is neither a preset \(tiny, tiny8, small\) nor a folder"
     ):
         find_origin("tinny", None)
 

@@ -92,7 +92,7 @@ def test_half_the_precision_of_bf16_rows_is_sent_whole() -> None:
 
 def test_a_wrong_name_is_told() -> None:
     with pytest.raises(
-        ConfigError, match="dispatch_wire: 'int9' is not one of none, bf16.* Did you mean 'int8'"
+        ConfigError, match=r"dispatch_wire: 'int9' is not one of none, bf16.* Did you mean 'int8'"
     ):
         check_codec("int9", "dispatch_wire")
     with pytest.raises(ConfigError, match="combine_wire"):

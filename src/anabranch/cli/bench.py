@@ -1,4 +1,4 @@
-"""`anabranch bench planner` and `anabranch bench balance`."""
+"""`anabranch bench planner`, `anabranch bench balance` and `anabranch bench cluster`."""
 
 import json
 import os
@@ -14,6 +14,8 @@ from rich.table import Table
 
 from anabranch.cli.bench_balance import BalanceBench
 from anabranch.cli.bench_planner import bench_planner
+from anabranch.cli.cluster_cases import ClusterCases
+from anabranch.cli.cluster_grid import full_grid, measure, print_cells, quick_grid, verdict
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.launch import launch
 from anabranch.cli.process import under_torchrun
@@ -78,9 +80,37 @@ def balance(
     _report(rows, columns, json_file)
 
 
-def natural_trace() -> Path:
-    """The recorded routing that ships with the package (see docs/trace.md for the command that made it)."""
-    return Path(__file__).parent.parent / "workload" / "natural_tiny.npz"
+@bench.command()
+@fails_clearly
+def cluster(
+    json_file: JsonFile = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="under 5 minutes: one topology, three workloads")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=2, help="measured rounds per policy")] = 5,
+    tokens: Annotated[int, typer.Option(min=64, help="tokens a rank")] = 512,
+    max_mean: Annotated[float, typer.Option(min=1.0, help="rank max/mean of the stress workloads")] = 2.0,
+    topology: Annotated[list[str] | None, typer.Option(help="only this one, such as 2x2; repeatable")] = None,
+) -> None:
+    """A whole model's step under every policy, on emulated nodes with shaped links; as root."""
+    _check_json(json_file)
+    grid = (quick_grid if quick else full_grid)(os.cpu_count() or 1).only(topology or [])
+    cases = ClusterCases(1, 32, 8, tokens, 2, max_mean, str(natural_trace("tiny8")))
+    about = {**machine(), "tokens": tokens, "rounds": rounds, "model": "tiny8"}
+    rows: list[dict[str, Any]] = []
+    for more in measure(grid, cases, rounds, slots=4, epsilon=0.05):
+        rows += more
+        if json_file is not None:  # after each lab: an interruption keeps what was measured
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            found = {"machine": about, "rows": rows, "verdict": asdict(verdict(rows))}
+            json_file.write_text(json.dumps(found, indent=1))
+        print_cells(more)
+    typer.echo(verdict(rows).text())
+
+
+def natural_trace(preset: str = "tiny") -> Path:
+    """The recorded routing of a preset that ships with the package (docs/trace.md: the command that made it)."""
+    return Path(__file__).parent.parent / "workload" / f"natural_{preset}.npz"
 
 
 def _check(size: BalanceBench, ranks: int) -> None:

@@ -8,10 +8,8 @@ Shape suffixes: S tokens of a rank, K experts a token, R ranks, E experts.
 """
 
 import statistics
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,19 +18,18 @@ from torch import Tensor
 
 import anabranch
 from anabranch.cli.cluster_cases import PAST, ClusterCases
-from anabranch.cli.cluster_model import AdaptiveModel, StepModel, Timed
+from anabranch.cli.cluster_model import AdaptiveModel, StepModel
+from anabranch.cli.cluster_rows import AUTO, IDEAL, TRANSFORMERS, Policy, Reporter, Run, policies
 from anabranch.costs.call import CallModel
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.integrations.carriers import Carriers
-from anabranch.placement.base import Homes, max_over_mean
+from anabranch.placement.base import Homes
 from anabranch.placement.cheapest import CheapestChoice, candidate_planners
 from anabranch.placement.choice import Chooser, Exchange, FixedChoice
 from anabranch.placement.policy import make_planner
 from anabranch.placement.static import StaticPlanner
 from anabranch.telemetry.samples import CallSample, Samples
 from anabranch.transport.base import Wires
-
-TRANSFORMERS, IDEAL, AUTO = "transformers", "ideal", "auto"
 
 
 @dataclass(frozen=True)
@@ -51,45 +48,6 @@ class ClusterBench:
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "ClusterBench":
         return cls(**{**settings, "cases": ClusterCases(**settings["cases"])})
-
-
-class Policy(NamedTuple):
-    """name: the planner, or one of transformers, auto, ideal. exchange: None where it is chosen."""
-
-    name: str
-    exchange: Exchange | None
-    codec: str = "none"
-
-
-@dataclass
-class Run:
-    """What one policy did on one workload, round by round."""
-
-    timed: list[Timed] = field(default_factory=list)
-    seen: list[list[Observation]] = field(default_factory=list)
-    predicted_ms: list[float] = field(default_factory=list)
-
-
-def policies(exchanges: Sequence[Exchange]) -> list[Policy]:
-    """Everything compared: fixed planners over the exchange with the fewest rows, two of them over plain
-    all_to_all and in two chunks, one with int8 rows, our choice, and the ideal."""
-    best = next(e.transport for e in reversed(exchanges))
-    plain, single, chunked = Exchange("all_to_all"), Exchange(best), Exchange(best, 2)
-    return [
-        Policy(TRANSFORMERS, plain),
-        Policy("static", plain),
-        Policy("static", single),
-        Policy("static", chunked),
-        Policy("periodic_replication", single),
-        Policy("least_loaded", single),
-        Policy("exact", single),
-        Policy("bounded", plain),
-        Policy("bounded", single),
-        Policy("bounded", chunked),
-        Policy("bounded", single, "int8"),
-        Policy(AUTO, None),
-        Policy(IDEAL, None),
-    ]
 
 
 def bench_cluster_rank(settings: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +84,8 @@ class ClusterRank:
         self.rest_ms = {n: self._median(self.ours.without_experts, n) for n in self.sizes}
         self.samples = self._with_transformers(chooser.prices.model.samples)  # type: ignore[attr-defined]
         self.model = CallModel(self.samples)
+        nodes = first.carriers.domain.nodes
+        self.reporter = Reporter(bench.cases, self.homes, nodes, self.samples.row_bytes, bench.cpu)
 
     def rows(self, workload: str) -> list[dict[str, Any]]:
         """One row a policy, after `rounds` interleaved rounds and one to warm up."""
@@ -140,7 +100,7 @@ class ClusterRank:
             for policy in self.policies[first:] + self.policies[:first]:
                 run = Run() if turn == 0 else runs[policy]
                 self._once(policy, layers[policy], even if policy.name == IDEAL else ids, counts, run)
-        return [self._row(workload, policy, runs) for policy in self.policies]
+        return [self.reporter.row(workload, policy, runs) for policy in self.policies]
 
     def _once(
         self, policy: Policy, layers: list[AdaptiveExperts], ids: list[Tensor], counts: list[Any], run: Run
@@ -219,89 +179,3 @@ class ClusterRank:
             for n in self.sizes
         )
         return Samples(**{**vars(samples), "call_ms": (*samples.call_ms, *calls)})
-
-    def _row(self, workload: str, policy: Policy, runs: dict[Policy, Run]) -> dict[str, Any]:
-        run = runs[policy]
-        mine = np.array([t.step_ms for t in run.timed])
-        # Ratios within a round, where the machine's other load hit both sides alike, then their median.
-        ratio = {
-            p.name: np.array([t.step_ms for t in runs[p].timed]) / mine
-            for p in runs
-            if p.name in (TRANSFORMERS, IDEAL)
-        }
-        low, high = np.percentile(mine, [25, 75])
-        rounds = range(PAST, PAST + self.bench.rounds)
-        before = [self.cases.max_mean_of(self.cases.counts(workload, step)) for step in rounds]
-        quota = self.bench.cpu or 1.0
-        waiting_ms = np.array([[t.step_ms - 1e3 * cpu_s / quota for cpu_s in t.cpu_s_R] for t in run.timed])
-        inter, intra = self._bytes(policy, workload, run)
-        seen = [o for round_ in run.seen for o in round_]
-        chosen = Counter(f"{o.choice.planner} {_named(o.choice.exchange)}" for o in seen)
-        transport = (
-            "all_to_all"
-            if policy.name == TRANSFORMERS
-            else _most([o.choice.exchange.transport for o in seen])
-        )
-        return {
-            "workload": workload,
-            "policy": policy.name,
-            "transport": transport,
-            "chunks": 1 if not seen else int(_most([str(o.choice.exchange.chunks) for o in seen])),
-            "codec": policy.codec,
-            "chosen": ", ".join(f"{name} x{n}" for name, n in chosen.most_common())
-            if policy.exchange is None
-            else "",
-            "max_mean_before": round(1.0 if policy.name == IDEAL else float(np.mean(before)), 3),
-            "max_mean_after": round(
-                float(np.mean([max_over_mean(o.plan.rows_R) for o in seen] or before)), 3
-            ),
-            "step_ms_median": round(float(np.median(mine)), 1),
-            "step_ms_spread": round(float(high - low), 1),
-            "speedup_vs_transformers": round(float(np.median(ratio[TRANSFORMERS])), 4),
-            "percent_of_ideal": round(100 * float(np.median(ratio[IDEAL])), 2),
-            "inter_bytes": inter,
-            "intra_bytes": intra,
-            "guests": round(sum(o.plan.guests for o in seen) / max(1, len(run.seen)), 2),
-            "plan_ms": round(sum(o.plan_ms for o in seen) / max(1, len(run.seen)), 3),
-            "waiting_ms_mean": round(float(waiting_ms.mean()), 1),
-            "waiting_ms_most": round(float(waiting_ms.mean(axis=0).max()), 1),
-            "joules": round(float(np.median([t.joules for t in run.timed])), 3),
-            "energy_source": run.timed[0].energy_source,
-            "predicted_ms": round(float(np.median(run.predicted_ms)), 1) if policy.codec == "none" else None,
-        }
-
-    def _bytes(self, policy: Policy, workload: str, run: Run) -> tuple[int, int]:
-        """Bytes of all ranks in one step, mean over rounds, between nodes and inside them."""
-        if policy.name == TRANSFORMERS:
-            steps = [self._pair_bytes(self.cases.counts(workload, PAST + i)) for i in range(len(run.timed))]
-            return tuple(int(n) for n in np.mean(steps, axis=0))  # type: ignore[return-value]
-        mine = torch.zeros(2, dtype=torch.int64)
-        for o in (o for round_ in run.seen for o in round_):
-            mine += torch.tensor(
-                [o.tokens.inter_bytes + o.weights.inter_bytes, o.tokens.intra_bytes + o.weights.intra_bytes]
-            )
-        dist.all_reduce(mine)
-        inter, intra = (mine // len(run.timed)).tolist()
-        return inter, intra
-
-    def _pair_bytes(self, counts: list[Any]) -> tuple[float, float]:
-        """transformers sends a row for each (token, expert) pair, there and back, and so do their gradients."""
-        node_R = self.carriers["none"].domain.nodes.node_R
-        inter = intra = 0
-        for counts_RE in counts:
-            rows_RR = np.stack(
-                [counts_RE[:, self.homes.rank_E == r].sum(axis=1) for r in range(self.ranks)], axis=1
-            )
-            far_RR = node_R[:, None] != node_R[None, :]
-            inter += int(rows_RR[far_RR].sum())
-            intra += int(rows_RR[~far_RR].sum() - np.trace(rows_RR))
-        row_bytes = 4 * self.samples.row_bytes
-        return inter * row_bytes, intra * row_bytes
-
-
-def _named(exchange: Exchange) -> str:
-    return exchange.transport if exchange.chunks == 1 else f"{exchange.transport}/{exchange.chunks}"
-
-
-def _most(names: list[str]) -> str:
-    return Counter(names).most_common(1)[0][0]

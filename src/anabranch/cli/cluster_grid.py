@@ -1,20 +1,23 @@
 """`anabranch bench cluster`, the launching side: a lab for each topology and link, and the verdict over the grid."""
 
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from anabranch.cli.bench_cluster import ClusterBench
 from anabranch.cli.cluster_cases import NATURAL, ClusterCases
-from anabranch.errors import AnabranchError
+from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lab.cluster import Lab
 from anabranch.lab.spec import LabSpec
 from anabranch.training.presets import presets
@@ -22,6 +25,7 @@ from anabranch.training.presets import presets
 MODEL = "tiny8"
 INTRA_MBIT = 5_000.0
 QUICK_WORKLOADS = ["W0", "W2", NATURAL]
+Row = dict[str, Any]
 
 
 class Grid(NamedTuple):
@@ -29,6 +33,16 @@ class Grid(NamedTuple):
 
     labs: list[LabSpec]
     workloads: list[str]
+
+    def only(self, topologies: Sequence[str]) -> "Grid":
+        """These topologies' labs; all where none is named. Raises ConfigError for one that is not in the grid."""
+        known = list(dict.fromkeys(topology(spec) for spec in self.labs))
+        for name in topologies:
+            if name not in known:
+                raise ConfigError(
+                    f"{name!r} is not measured; choose of {', '.join(known)}", setting="topology"
+                )
+        return Grid([s for s in self.labs if topology(s) in (topologies or known)], self.workloads)
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,20 @@ class Verdict:
     median_speedup: float
     prediction_error: float
 
+    def text(self) -> str:
+        """For people."""
+        return (
+            f"{self.cells} cells: auto takes at most {self.worst_vs_transformers:.3f} of transformers' time and "
+            f"{self.worst_vs_best_fixed:.3f} of the best fixed choice's; median speed-up {self.median_speedup:.2f} "
+            f"over {self.skewed_cells} cells of max/mean >= 1.5; predictions err by {self.prediction_error:.1%} "
+            "in the median"
+        )
+
+
+def topology(spec: LabSpec) -> str:
+    """Nodes by ranks a node."""
+    return f"{spec.nodes}x{spec.ranks_per_node}"
+
 
 def full_grid(cores: int) -> Grid:
     """Three topologies by three links; quotas that the cores can grant to all ranks."""
@@ -62,9 +90,7 @@ def quick_grid(cores: int) -> Grid:
     return Grid(full_grid(cores).labs[:2], QUICK_WORKLOADS)
 
 
-def measure(
-    grid: Grid, cases: ClusterCases, rounds: int, slots: int, epsilon: float
-) -> Iterator[list[dict[str, Any]]]:
+def measure(grid: Grid, cases: ClusterCases, rounds: int, slots: int, epsilon: float) -> Iterator[list[Row]]:
     """The rows of one lab after the other. Raises AnabranchError where a lab cannot be set up or a rank fails."""
     with tempfile.TemporaryDirectory(prefix="anabranch-cluster-") as name:
         folder = Path(name)
@@ -77,7 +103,7 @@ def measure(
             )  # fmt: skip
             rows = _in_lab(spec, folder / str(number), bench)
             about = {
-                "topology": f"{spec.nodes}x{spec.ranks_per_node}",
+                "topology": topology(spec),
                 "inter_mbit": spec.inter_mbit,
                 "intra_mbit": spec.intra_mbit,
                 "cpu": spec.cpu,
@@ -94,7 +120,7 @@ def write_model(folder: Path) -> None:
     AutoModelForCausalLM.from_config(presets()[MODEL].config).save_pretrained(folder)
 
 
-def _in_lab(spec: LabSpec, folder: Path, bench: ClusterBench) -> list[dict[str, Any]]:
+def _in_lab(spec: LabSpec, folder: Path, bench: ClusterBench) -> list[Row]:
     folder.mkdir()
     job = folder / "job.json"
     job.write_text(json.dumps({"job": "bench_cluster", "settings": asdict(bench), "launcher": None}))
@@ -109,29 +135,62 @@ def _in_lab(spec: LabSpec, folder: Path, bench: ClusterBench) -> list[dict[str, 
     return json.loads((folder / "result.json").read_text())["rows"]
 
 
-def verdict(rows: list[dict[str, Any]]) -> Verdict:
+def verdict(rows: Sequence[Row]) -> Verdict:
     """Over all cells of `rows`."""
-    cells: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
-    for row in rows:
-        cell = cells.setdefault((row["topology"], row["inter_mbit"], row["workload"]), {})
-        cell.setdefault(row["policy"], []).append(row)
-    to_theirs, to_best, speedups = [], [], []
-    for cell in cells.values():
-        (auto,), (theirs,) = cell["auto"], cell["transformers"]
-        fixed = [
-            row["step_ms_median"]
-            for name, found in cell.items()
-            for row in found
-            if name not in ("auto", "ideal") and row["codec"] == "none"
-        ]
-        to_theirs.append(1.0 / auto["speedup_vs_transformers"])
-        to_best.append(auto["step_ms_median"] / min(fixed))
-        if theirs["max_mean_before"] >= 1.5:
-            speedups.append(auto["speedup_vs_transformers"])
+    cells = _cells(rows)
+    skewed = [c.auto["speedup_vs_transformers"] for c in cells if c.theirs["max_mean_before"] >= 1.5]
     errors = [
         abs(r["predicted_ms"] / r["step_ms_median"] - 1.0) for r in rows if r["predicted_ms"] is not None
     ]
     return Verdict(
-        len(cells), max(to_theirs), max(to_best), len(speedups),
-        float(np.median(speedups)) if speedups else float("nan"), float(np.median(errors)),
-    )  # fmt: skip
+        cells=len(cells),
+        worst_vs_transformers=max(1.0 / c.auto["speedup_vs_transformers"] for c in cells),
+        worst_vs_best_fixed=max(c.to_best for c in cells),
+        skewed_cells=len(skewed),
+        median_speedup=float(np.median(skewed)) if skewed else float("nan"),
+        prediction_error=float(np.median(errors)),
+    )
+
+
+def print_cells(rows: Sequence[Row]) -> None:
+    """A line for each cell: how `auto` did beside transformers and beside the best fixed choice."""
+    table = Table()
+    for column in ("topology", "inter", "workload", "max/mean", "transformers ms", "auto ms", "predicted", "speed-up",
+                   "of ideal", "best fixed", "auto / best", "chosen"):  # fmt: skip
+        table.add_column(
+            column, justify="left" if column in ("workload", "best fixed", "chosen") else "right"
+        )
+    for cell in _cells(rows):
+        auto, best = cell.auto, cell.best
+        table.add_row(
+            auto["topology"], str(auto["inter_mbit"]), auto["workload"], f"{auto['max_mean_before']:.2f}",
+            f"{cell.theirs['step_ms_median']:.0f}", f"{auto['step_ms_median']:.0f}", f"{auto['predicted_ms']:.0f}",
+            f"{auto['speedup_vs_transformers']:.2f}", f"{auto['percent_of_ideal']:.0f} %",
+            f"{best['policy']} {best['transport']}/{best['chunks']}", f"{cell.to_best:.2f}", auto["chosen"],
+        )  # fmt: skip
+    Console(width=None if os.isatty(1) else 200).print(table)
+
+
+class _Cell(NamedTuple):
+    """One lab and one workload. best: the fastest fixed lossless row; to_best: auto's time over its."""
+
+    auto: Row
+    theirs: Row
+    best: Row
+    to_best: float
+
+
+def _cells(rows: Sequence[Row]) -> list[_Cell]:
+    grouped: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        grouped.setdefault((row["topology"], row["inter_mbit"], row["workload"]), []).append(row)
+    return [_cell(found) for found in grouped.values()]
+
+
+def _cell(rows: list[Row]) -> _Cell:
+    (auto,), (theirs,) = ([r for r in rows if r["policy"] == name] for name in ("auto", "transformers"))
+    fixed = [r for r in rows if r["policy"] not in ("auto", "ideal") and r["codec"] == "none"]
+    best = min(fixed, key=lambda row: row["step_ms_median"])
+    # Within rounds, as every other ratio; the best is chosen by its median.
+    to_best = np.median(np.array(auto["step_ms_rounds"]) / np.array(best["step_ms_rounds"]))
+    return _Cell(auto, theirs, best, float(to_best))

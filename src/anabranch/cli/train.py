@@ -27,7 +27,7 @@ from anabranch.training.runner import run, usable_origin
 
 PLANNERS = "bounded, exact, static, least_loaded, periodic_replication, or auto"
 
-Model = Annotated[str, typer.Option(help="tiny, small, or a configuration or checkpoint folder")]
+Model = Annotated[str, typer.Option(help="tiny, tiny8, small, or a configuration or checkpoint folder")]
 Data = Annotated[list[str] | None, typer.Option(help="stdlib, or text files and folders [default: stdlib]")]
 Out = Annotated[str, typer.Option(help="folder for everything the run writes")]
 Ranks = Annotated[int, typer.Option(help="processes")]

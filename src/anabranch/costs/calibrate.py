@@ -13,8 +13,9 @@ from anabranch.costs.prices import CalibratedPrices
 from anabranch.errors import ConfigError
 from anabranch.telemetry.samples import Samples
 
-# Files of another form are measured anew. To be raised with every change of what a sample means.
-VERSION = 1
+# Part of the file's name: what another version measured is measured anew. To be raised with every change of what a
+# sample means.
+VERSION = 2
 
 
 class Calibration:
@@ -25,7 +26,7 @@ class Calibration:
 
     def path(self, key: str) -> Path:
         """The file of a key, there or not."""
-        return self.folder / f"samples-{key}.json"
+        return self.folder / f"samples-{VERSION}-{key}.json"
 
     def load(self, key: str) -> Samples | None:
         """What was stored under `key`, or None where nothing usable was: then measure.

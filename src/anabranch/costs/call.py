@@ -24,7 +24,7 @@ WORD_BYTES = 4
 
 
 class CallCost(NamedTuple):
-    """Forward and backward together, in ms. Where chunks overlap, the parts add up to more than the total.
+    """Forward and backward together, in ms. The parts add up to the total.
 
     overhead_ms: what measured calls of this exchange took beyond their parts, interpolated over tokens; negative
     where they hide more of the exchange than the model of chunks says.
@@ -46,6 +46,13 @@ class _Sizes(NamedTuple):
     copied_rows: float
 
 
+class _Overhead(NamedTuple):
+    """By tokens a rank, of one exchange: what calls take beyond their parts, and which part of what could hide does."""
+
+    ms: dict[int, float]
+    hidden: dict[int, float]
+
+
 class CallModel:
     """Prices calls of one layer's shape on one group, by what was measured there.
 
@@ -57,8 +64,10 @@ class CallModel:
     4. computation of the fullest rank's rows; a guest computes as fast as a home;
     5. combine, as dispatch;
     6. what is left of the measured calls at this number of tokens: launches, integer tables, small exchanges.
-    With c > 1 chunks dispatch, computation and combine of 1/c of the rows overlap: the first chunk takes all three,
-    each further one the slowest of them.
+    With c > 1 chunks there are c exchanges of 1/c of the rows, and (c - 1)/c of the lesser of exchange and computation
+    could be hidden behind the other. How much of it is, the measured calls of this exchange tell beside those of the
+    same transport in one piece: where ranks lack CPU for both, nothing; each further chunk costs the host anew what
+    the smallest call did.
 
     Prices are rounded to nanoseconds, so that two ways of computing one price are no difference. Raises ConfigError
     naming what is missing where the samples do not cover a planner or an exchange.
@@ -67,7 +76,7 @@ class CallModel:
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
         self.nodes = Nodes.of(samples.node_R)
-        self._links = Links(samples.link_ms, self.nodes, samples.one_way_ms)
+        self._links = Links(samples.link_ms, self.nodes, samples.one_way_ms, samples.alone_ms)
         self._experts = Curve(samples.expert_ms)
         self._flow: Flow | None = None
         self._sizes: dict[str, _Sizes] = {}
@@ -84,8 +93,11 @@ class CallModel:
             )
         parts = self._parts(plan, exchange)
         tokens = float(plan.counts_RE.sum(axis=1).max()) / self.samples.top_k
+        overhead_ms = _between(table.ms, tokens) - _between(table.hidden, tokens) * _could_hide(
+            parts, exchange
+        )
         # Overlap can hide an exchange, but no computation.
-        overhead_ms = max(_between(table, tokens), parts.experts_ms - parts.total_ms)
+        overhead_ms = max(overhead_ms, parts.experts_ms - parts.total_ms)
         plan_ms = 0.0 if exchange.transport == TRANSFORMERS else self._plan_ms(planner)
         weights_ms = self._weights_ms(self._flow_of(plan))
         total_ms = plan_ms + weights_ms + parts.total_ms + overhead_ms
@@ -133,7 +145,7 @@ class CallModel:
         return self._sizes[transport]
 
     def _parts(self, plan: Plan, exchange: Exchange) -> CallCost:
-        """Dispatch, experts and combine, and the total of these three with the overlap of chunks."""
+        """Dispatch, experts and combine, and these three one after the other."""
         sizes, chunks = self._sizes_of(plan, exchange.transport), exchange.chunks
         copies_ms = 2 * self._copy_ms(sizes.copied_rows * self.samples.row_bytes / chunks)
         dispatch_ms = combine_ms = copies_ms
@@ -146,9 +158,8 @@ class CallModel:
             combine_ms += 2 * self._links.ms(busiest, back_bytes / chunks, hop.links)
         experts_ms = float(self._experts.ms(float(plan.rows_R.max()) / chunks))
         one_ms = dispatch_ms + experts_ms + combine_ms
-        total_ms = one_ms + (chunks - 1) * max(dispatch_ms, experts_ms, combine_ms)
         return CallCost(
-            0.0, 0.0, chunks * dispatch_ms, chunks * experts_ms, chunks * combine_ms, 0.0, total_ms
+            0.0, 0.0, chunks * dispatch_ms, chunks * experts_ms, chunks * combine_ms, 0.0, chunks * one_ms
         )
 
     def _row_bytes(self, hop: Hop) -> tuple[int, int]:
@@ -170,20 +181,38 @@ class CallModel:
         expert_bytes = self.samples.expert_bytes
         return 2 * (self._links.ms(busiest, expert_bytes) + self._copy_ms(most_lent * expert_bytes))
 
-    def _fit_overhead(self) -> dict[Exchange, dict[int, float]]:
-        """Of each measured exchange, by tokens a rank: the measured time less that of the parts."""
-        ranks, experts, top_k = self.nodes.ranks, self.samples.experts, self.samples.top_k
-        homes, tables = Homes.contiguous(experts, ranks), dict[Exchange, dict[int, float]]()
-        planned_ms = self._plan_ms(StaticPlanner.name)
-        for transport, chunks, tokens, ms in sorted(self.samples.call_ms, key=lambda call: call.tokens):
-            counts_RE = routing_counts(
-                "balanced", ranks=ranks, experts=experts, tokens=tokens, top_k=top_k, max_mean=1.0
-            )
-            exchange = Exchange(transport, chunks)
-            parts = self._parts(StaticPlanner().plan(counts_RE, homes), exchange)
-            ours_ms = 0.0 if transport == TRANSFORMERS else planned_ms
-            tables.setdefault(exchange, {})[tokens] = ms - parts.total_ms - ours_ms
+    def _fit_overhead(self) -> dict[Exchange, _Overhead]:
+        """Of each measured exchange: the measured times less those of the parts, whole micro-batches first."""
+        tables: dict[Exchange, _Overhead] = {}
+        for sample in sorted(self.samples.call_ms, key=lambda call: (call.chunks, call.tokens)):
+            exchange = Exchange(sample.transport, sample.chunks)
+            parts = self._parts(self._even_plan(sample.tokens), exchange)
+            rest_ms = sample.ms - parts.total_ms
+            rest_ms -= 0.0 if sample.transport == TRANSFORMERS else self._plan_ms(StaticPlanner.name)
+            table = tables.setdefault(exchange, _Overhead({}, {}))
+            hidden = 0.0
+            if sample.chunks > 1 and (whole := tables.get(Exchange(sample.transport))):
+                # What as many whole calls' host work would take; of what could hide, as much as is missing from it.
+                host_ms = _between(whole.ms, sample.tokens) + (sample.chunks - 1) * max(
+                    0.0, min(whole.ms.values())
+                )
+                could_ms = _could_hide(parts, exchange)
+                hidden = float(np.clip((host_ms - rest_ms) / could_ms, 0.0, 1.0)) if could_ms > 0 else 0.0
+                rest_ms += hidden * could_ms
+            table.ms[sample.tokens], table.hidden[sample.tokens] = rest_ms, hidden
         return tables
+
+    def _even_plan(self, tokens: int) -> Plan:
+        ranks, experts = self.nodes.ranks, self.samples.experts
+        sizes = {"ranks": ranks, "experts": experts, "tokens": tokens, "top_k": self.samples.top_k}
+        counts_RE = routing_counts("balanced", **sizes, max_mean=1.0)
+        return StaticPlanner().plan(counts_RE, Homes.contiguous(experts, ranks))
+
+
+def _could_hide(parts: CallCost, exchange: Exchange) -> float:
+    """All of the lesser of exchange and computation but one chunk's."""
+    lesser_ms = min(parts.dispatch_ms + parts.combine_ms, parts.experts_ms)
+    return (exchange.chunks - 1) / exchange.chunks * lesser_ms
 
 
 def _between(table: Mapping[int, float], tokens: float) -> float:

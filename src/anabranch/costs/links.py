@@ -34,6 +34,10 @@ class Links:
     that takes in parts of the time of both: 1 where the directions do not disturb each other, 1/2 where they take
     turns (gloo on shaped links: 0.6 at 1 Gbit/s, 0.8 at 300 Mbit/s). From the largest one-way sample; 1 without any.
 
+    A rank that sends alone, as the home of a hot expert does, may be slower than its node: its share of the CPU or its
+    own link bounds it. `alone` is its time over that of as many bytes from each rank of the node at once: 1 where
+    ranks do not share what bounds them. From the largest sample of each class; 0, no bound of its own, without one.
+
     Traffic within nodes and between them is under way at the same time: the slower of the two counts. (On emulated
     links both together took as long as the slower one, within 5 %, unless the faster one came to half of it.)
     """
@@ -43,10 +47,13 @@ class Links:
         link_ms: Mapping[str, Mapping[int, float]],
         nodes: Nodes,
         one_way_ms: Mapping[int, float] | None = None,
+        alone_ms: Mapping[str, Mapping[int, float]] | None = None,
     ) -> None:
         self._curves = {name: Curve(table) for name, table in link_ms.items()}
         self._nodes = nodes
         self.duplex = self._fit_duplex(one_way_ms or {})
+        known = {name: table for name, table in (alone_ms or {}).items() if name in self._curves}
+        self.alone = {name: self._fit_alone(name, table) for name, table in known.items()}
 
     def _fit_duplex(self, one_way_ms: Mapping[int, float]) -> float:
         if not one_way_ms or INTER not in self._curves:
@@ -57,6 +64,13 @@ class Links:
             return 1.0
         # Noise may leave the range of what links do.
         return float(np.clip((one_way_ms[size] - latency_ms) / (both_ms - latency_ms), 0.5, 1.0))
+
+    def _fit_alone(self, name: str, alone_ms: Mapping[int, float]) -> float:
+        size, curve = max(alone_ms), self._curves[name]
+        latency_ms, all_ms = (float(curve.ms(bytes_)) for bytes_ in (0.0, float(size)))
+        if all_ms <= latency_ms:
+            return 0.0
+        return float(np.clip((alone_ms[size] - latency_ms) / (all_ms - latency_ms), 0.0, 1.0))
 
     @cached_property
     def _at_RN(self) -> FloatArray:
@@ -71,7 +85,12 @@ class Links:
         out_N, in_N = between_NN.sum(axis=1), between_NN.sum(axis=0)
         across_N = self.duplex * np.maximum(out_N, in_N) + (1.0 - self.duplex) * np.minimum(out_N, in_N)
         ranks_N = at_RN.sum(axis=0)
-        return Busiest(float((within_N / ranks_N).max()), float((across_N / ranks_N).max()))
+        near_RR = at_RN @ at_RN.T > 0
+        near, far = (_most_alone(np.where(here_RR, sent_RR, 0.0)) for here_RR in (near_RR, ~near_RR))
+        return Busiest(
+            max(float((within_N / ranks_N).max()), self.alone.get(INTRA, 0.0) * near),
+            max(float((across_N / ranks_N).max()), self.alone.get(INTER, 0.0) * far),
+        )
 
     def ms(self, busiest: Busiest, unit_bytes: float, classes: tuple[str, ...] = (INTRA, INTER)) -> float:
         """Time of one exchange of `busiest` units of `unit_bytes` in a group with peers of these classes.
@@ -81,3 +100,9 @@ class Links:
         sizes = {INTRA: busiest.intra, INTER: busiest.inter}
         times = [self._curves[name].ms(sizes[name] * unit_bytes) for name in classes if name in self._curves]
         return max(map(float, times), default=0.0)
+
+
+def _most_alone(sent_RR: FloatArray) -> float:
+    """What the busiest rank sends to others or receives from them, whichever is more."""
+    own_R = sent_RR.diagonal()
+    return float(np.maximum(sent_RR.sum(axis=1) - own_R, sent_RR.sum(axis=0) - own_R).max())

@@ -23,6 +23,7 @@ from anabranch.transport.base import Transport, Wires
 from anabranch.transport.domain import Domain
 
 REPEATS = 5
+ONE_SIDED_BYTES = 1 << 20
 
 
 class LayerShape(NamedTuple):
@@ -69,6 +70,7 @@ class Probe:
                 node_R=tuple(self.domain.nodes.node_R.tolist()),
                 link_ms=self.links(),
                 one_way_ms=self.one_way(),
+                alone_ms=self.alone(),
                 expert_ms=self.experts(),
                 copy_ms_per_mb=self.copy(),
                 plan_ms={name: self.planning(planner) for name, planner in planners.items()},
@@ -101,8 +103,26 @@ class Probe:
         mine, nobody = int(nodes.node_R[self.domain.rank]), np.zeros(nodes.ranks, dtype=bool)
         partner_R = nodes.node_R == (mine ^ 1)
         to_R, from_R = (partner_R, nobody) if mine % 2 == 0 else (nobody, partner_R)
-        total_bytes = 1 << 20
-        return {total_bytes: self._exchange(to_R, from_R, total_bytes)}
+        return {ONE_SIDED_BYTES: self._exchange(to_R, from_R, ONE_SIDED_BYTES)}
+
+    def alone(self) -> dict[str, dict[int, float]]:
+        """One sender a node (or pair of nodes), as a rank that lends a hot expert: by class, bytes -> ms."""
+        nodes, rank = self.domain.nodes, self.domain.rank
+        if not nodes.regular:
+            return {}
+        rank_GM, measured = nodes.rank_GM, {}
+        pairs = {
+            "intra": [(row[0], row[1]) for row in rank_GM if nodes.per_node > 1],
+            "inter": list(zip(rank_GM[:-1:2, 0], rank_GM[1::2, 0], strict=True)),
+        }
+        for name, found in pairs.items():
+            to_R, from_R = np.zeros(nodes.ranks, dtype=bool), np.zeros(nodes.ranks, dtype=bool)
+            for sender, receiver in found:
+                to_R[receiver] |= sender == rank
+                from_R[sender] |= receiver == rank
+            if found:
+                measured[name] = {ONE_SIDED_BYTES: self._exchange(to_R, from_R, ONE_SIDED_BYTES)}
+        return measured
 
     def _exchange(self, to_R: np.ndarray, from_R: np.ndarray, total_bytes: int) -> float:
         peers = max(1, int(to_R.sum()), int(from_R.sum()))

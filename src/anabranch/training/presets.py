@@ -40,7 +40,7 @@ def presets() -> dict[str, Preset]:
         ),
         # Eight of many experts a token, as the large models route: what crosses between ranks differs most there.
         "tiny8": Preset(
-            _qwen3_moe(hidden=128, layers=2, heads=4, experts=32, width=256, vocab=2048, top_k=8),
+            _qwen3_moe(hidden=128, layers=2, heads=4, experts=32, width=512, vocab=2048, top_k=8),
             sequence_length=256,
         ),
         "small": Preset(
