@@ -88,7 +88,7 @@ def cluster(
         bool, typer.Option("--quick", help="under 5 minutes: one topology, three workloads")
     ] = False,
     rounds: Annotated[int, typer.Option(min=2, help="measured rounds per policy")] = 5,
-    tokens: Annotated[int, typer.Option(min=64, help="tokens a rank")] = 512,
+    tokens: Annotated[int, typer.Option(min=64, help="tokens a rank")] = 256,
     max_mean: Annotated[float, typer.Option(min=1.0, help="rank max/mean of the stress workloads")] = 2.0,
     topology: Annotated[list[str] | None, typer.Option(help="only this one, such as 2x2; repeatable")] = None,
 ) -> None:
