@@ -11,6 +11,7 @@ from anabranch.errors import ConfigError
 from anabranch.transport import Wires
 from anabranch.transport.codecs import CODECS, check_codec, make_codec
 from anabranch.transport.flight import Flight
+from anabranch.transport.lanes import Lanes
 from run_distributed import RankPool
 
 # The largest error of a number, as a part of the largest number of its block (of itself for bf16 and fp8).
@@ -104,7 +105,9 @@ def fly(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     assert dist.group.WORLD is not None
     rank = dist.get_rank()
     sizes = [[2, 3], [4, 1]]
-    flight = Flight(dist.group.WORLD, sizes[rank], [s[rank] for s in sizes], make_codec(name))
+    flight = Flight(
+        Lanes(dist.group.WORLD, dist.group.WORLD), sizes[rank], [s[rank] for s in sizes], make_codec(name)
+    )
     x_PD = rows(5, 130).requires_grad_()
     y_ND = flight.arrive(flight.depart(x_PD))
     y_ND.backward(y_ND.detach() * 3)

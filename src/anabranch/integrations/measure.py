@@ -129,9 +129,12 @@ class Probe:
         send, receive = ((ranks_R * (total_bytes // peers)).tolist() for ranks_R in (to_R, from_R))
         sent = torch.zeros(sum(send), dtype=torch.uint8, device=self.device)
         received = torch.empty(sum(receive), dtype=torch.uint8, device=self.device)
-        return self._timed(
-            lambda: dist.all_to_all_single(received, sent, receive, send, group=self.domain.group)
-        )
+
+        def exchange() -> None:
+            for work in self.domain.lanes.start(received, sent, receive, send):
+                work.wait()
+
+        return self._timed(exchange)
 
     def experts(self) -> dict[int, float]:
         """Rows on a rank, even over its homes -> forward and backward ms."""

@@ -61,7 +61,7 @@ class AllToAll(Transport):
 
     def dispatch(self, x_SD: Tensor, weights_SK: Tensor, route: Route) -> Callable[[], Arrived]:
         t: _Tables = route.tables
-        flight = Flight(self.group, t.send_R, t.recv_R, self.dispatch_codec)
+        flight = Flight(self.lanes, t.send_R, t.recv_R, self.dispatch_codec)
         pending_ND = flight.depart(spread(x_SD, t.order_P, t.inverse_P, weights_SK.shape[1]))
         return lambda: Arrived(permute(flight.arrive(pending_ND), t.by_slot_N, t.by_source_N), None)
 
@@ -69,7 +69,7 @@ class AllToAll(Transport):
         self, y_ND: Tensor, weight_N: Tensor | None, weights_SK: Tensor, route: Route
     ) -> Callable[[], Tensor]:
         t: _Tables = route.tables
-        flight = Flight(self.back, t.recv_R, t.send_R, self.combine_codec)
+        flight = Flight(self.lanes, t.recv_R, t.send_R, self.combine_codec)
         pending_PD = flight.depart(permute(y_ND, t.by_source_N, t.by_slot_N))
 
         def land() -> Tensor:

@@ -122,7 +122,7 @@ class Transport(ABC):
 
     def __init__(self, domain: Domain, wires: Wires = Wires()) -> None:
         self.domain = domain
-        self.group, self.back = domain.group, domain.back
+        self.group, self.lanes = domain.group, domain.lanes
         self.rank, self.ranks = domain.rank, domain.ranks
         self.dispatch_codec, self.combine_codec = wires.codecs()
 

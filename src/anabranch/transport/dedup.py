@@ -10,7 +10,6 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from anabranch.placement.assign import recv_RE, send_RE
@@ -18,19 +17,19 @@ from anabranch.placement.base import IntArray, Plan
 from anabranch.transport.base import Arrived, Hop, Route, Seats, Sent, Slots, Transport, Wires, slots_of
 from anabranch.transport.codecs.base import Codec
 from anabranch.transport.domain import Domain
+from anabranch.transport.lanes import Lanes
 from anabranch.transport.leg import Leg, make_legs
 from anabranch.transport.rows import fan_in
 from anabranch.transport.segments import expert_order, segment_index, starts
 
 
 class Stage(NamedTuple):
-    """One exchange on the way. member_R: the member of `group` through which each rank of the domain is reached.
+    """One exchange on the way. member_R: the member of `lanes` through which each rank of the domain is reached.
 
-    back: the group of the way back. far_M: members on other nodes. wired: whether codecs apply.
+    far_M: members on other nodes. wired: whether codecs apply.
     """
 
-    group: dist.ProcessGroup
-    back: dist.ProcessGroup
+    lanes: Lanes
     member_R: Tensor
     far_M: IntArray
     wired: bool
@@ -57,7 +56,7 @@ class Dedup(Transport):
     def _stages(self) -> tuple[Stage, ...]:
         nodes = self.domain.nodes
         far_R = (nodes.node_R != nodes.node_R[self.rank]).astype(np.int64)
-        return (Stage(self.group, self.back, torch.arange(self.ranks), far_R, wired=True),)
+        return (Stage(self.lanes, torch.arange(self.ranks), far_R, wired=True),)
 
     def route(self, plan: Plan, seats: Seats, ids_SK: Tensor, chunks: int = 1) -> tuple[Route, ...]:
         tokens, slots = ids_SK.shape[0], seats.expert_RJ.shape[1]
@@ -67,7 +66,7 @@ class Dedup(Transport):
         by_stage: list[list[Leg]] = []
         for stage in self.stages:
             member_SK = stage.member_R.to(code_SK.device)[code_SK.clamp(min=0) // slots]
-            legs = make_legs(torch.where(code_SK >= 0, member_SK, -1), code_SK, bounds, stage.group)
+            legs = make_legs(torch.where(code_SK >= 0, member_SK, -1), code_SK, bounds, stage.lanes.up)
             by_stage.append(legs)
             code_SK = torch.cat([leg.code_UK for leg in legs]) if chunks > 1 else legs[0].code_UK
             bounds = [0, *np.cumsum([leg.code_UK.shape[0] for leg in legs]).tolist()]
@@ -101,12 +100,12 @@ class Dedup(Transport):
     def dispatch(self, x_SD: Tensor, weights_SK: Tensor, route: Route) -> Callable[[], Arrived]:
         t: _Tables = route.tables
         first, *rest = zip(self.stages, t.legs, strict=True)
-        landing = first[1].out(x_SD, weights_SK, first[0].group, self._codec(first[0], self.dispatch_codec))
+        landing = first[1].out(x_SD, weights_SK, first[0].lanes, self._codec(first[0], self.dispatch_codec))
 
         def land() -> Arrived:
             carried = landing()
             for stage, leg in rest:
-                carried = leg.out(*carried, stage.group, self._codec(stage, self.dispatch_codec))()
+                carried = leg.out(*carried, stage.lanes, self._codec(stage, self.dispatch_codec))()
             weight_N = carried.weights_UK.reshape(-1).index_select(0, t.pick_N)
             return Arrived(carried.x_UD.index_select(0, t.token_N), weight_N)
 
@@ -121,10 +120,10 @@ class Dedup(Transport):
         # Each stage but the first returns its sums to the tokens that the stage before it received.
         for stage, leg, before in zip(self.stages[:0:-1], t.legs[:0:-1], t.legs[-2::-1], strict=True):
             codec = self._codec(stage, self.combine_codec)
-            sums_UD = leg.home(sums_UD, before.code_UK.shape[0], stage.back, codec)()
+            sums_UD = leg.home(sums_UD, before.code_UK.shape[0], stage.lanes, codec)()
         stage = self.stages[0]
         return t.legs[0].home(
-            sums_UD, weights_SK.shape[0], stage.back, self._codec(stage, self.combine_codec)
+            sums_UD, weights_SK.shape[0], stage.lanes, self._codec(stage, self.combine_codec)
         )
 
     def _codec(self, stage: Stage, codec: Codec | None) -> Codec | None:
@@ -152,7 +151,7 @@ def _slot(code_UK: Tensor, slots: int) -> Tensor:
 
 def _hop(stage: Stage, leg: Leg) -> Hop:
     # A member's own tokens stay where they are; far_M is 0 there.
-    own = dist.get_rank(stage.group)
+    own = stage.lanes.rank
     sent, returned = (
         Sent(int(n_M[stage.far_M == 0].sum() - n_M[own]), int(n_M[stage.far_M == 1].sum()))
         for n_M in (leg.send_M, leg.recv_M)

@@ -15,25 +15,24 @@ import torch.distributed as dist
 
 from anabranch.placement.nodes import Nodes
 from anabranch.transport.collectives import gather_plain
+from anabranch.transport.lanes import Lanes
 
 
 @dataclass(frozen=True, eq=False)
 class Domain:
     """One expert-parallel group, seen from one rank, with the groups that exchange patterns need within it.
 
-    group: all ranks; back: the same ranks again. Dispatch uses one and combine the other, so that both
-    directions of a link are busy when they overlap: gloo serves a pair of ranks half-duplex within a group.
-    rail, rail_back: the ranks at this rank's place of every node. Both are None on a single node.
+    group: all ranks. lanes: the same, for exchanges: two groups where slow links would else be used half-duplex.
+    rail: the ranks at this rank's place of every node; None on a single node.
     local: the ranks of this rank's node; None where it is alone there.
-    Rails and locals exist where all nodes have the same number of ranks; `group` alone does elsewhere.
+    Rails and locals exist where all nodes have the same number of ranks.
     """
 
     group: dist.ProcessGroup
-    back: dist.ProcessGroup
+    lanes: Lanes
     nodes: Nodes
-    rail: dist.ProcessGroup | None = None
-    rail_back: dist.ProcessGroup | None = None
-    local: dist.ProcessGroup | None = None
+    rail: Lanes | None = None
+    local: Lanes | None = None
 
     @property
     def rank(self) -> int:
@@ -55,19 +54,22 @@ def make_domain(group: dist.ProcessGroup, device: torch.device) -> Domain:
 def _domain(group: dist.ProcessGroup, node_R: tuple[int, ...]) -> Domain:
     # Once a group: a process group holds threads and sockets, and is never given back.
     ranks, nodes = dist.get_process_group_ranks(group), Nodes(np.array(node_R, dtype=np.int64))
-    if len(ranks) == 1:
-        return Domain(group, group, nodes)
-    back = _subgroup(ranks)
+    if nodes.count == 1:
+        return Domain(group, Lanes(group, group), nodes)
+    # Other backends do not mind directions, and some must not have collectives of two groups under way.
+    halves = dist.get_backend(group) == "gloo"
+    lanes = Lanes(group, _subgroup(ranks) if halves else group)
     if not nodes.regular:
-        return Domain(group, back, nodes)
+        return Domain(group, lanes, nodes)
     rank = dist.get_rank(group)
-    rail = rail_back = local = None
-    if nodes.count > 1:
-        members = [ranks[r] for r in nodes.rank_GM[:, nodes.local_R[rank]]]
-        rail, rail_back = _subgroup(members), _subgroup(members)
+    members = [ranks[r] for r in nodes.rank_GM[:, nodes.local_R[rank]]]
+    up = _subgroup(members)
+    rail = Lanes(up, _subgroup(members) if halves else up)
+    local = None
     if nodes.per_node > 1:
-        local = _subgroup([ranks[r] for r in nodes.rank_GM[nodes.node_R[rank]]])
-    return Domain(group, back, nodes, rail, rail_back, local)
+        inside = _subgroup([ranks[r] for r in nodes.rank_GM[nodes.node_R[rank]]])
+        local = Lanes(inside, inside)
+    return Domain(group, lanes, nodes, rail, local)
 
 
 def _subgroup(members: list[int]) -> dist.ProcessGroup:

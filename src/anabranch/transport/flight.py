@@ -10,17 +10,17 @@ Shape suffixes: P rows sent, N rows received, D hidden size, W bytes of an encod
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from anabranch.transport.codecs.base import Codec
+from anabranch.transport.lanes import Lanes
 
 
 class _Underway(NamedTuple):
     """A started exchange. own: the rows a rank sends itself, which no codec touches; before: rows received
     from lower ranks, which come before them. sent is kept alive until the exchange is over."""
 
-    work: Any
+    works: tuple[Any, ...]
     sent: Tensor
     received: Tensor
     own: Tensor | None
@@ -28,15 +28,15 @@ class _Underway(NamedTuple):
 
 
 class Flight:
-    """One exchange of rows over a group, and of their gradients the other way.
+    """One exchange of rows between the ranks of `lanes`, and of their gradients the other way.
 
     send_R[d] rows go to rank d, recv_R[s] come from s. With a codec, rows that change ranks are encoded.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, send_R: list[int], recv_R: list[int], codec: Codec | None = None
+        self, lanes: Lanes, send_R: list[int], recv_R: list[int], codec: Codec | None = None
     ) -> None:
-        self.group, self.send_R, self.recv_R, self.codec = group, send_R, recv_R, codec
+        self.lanes, self.send_R, self.recv_R, self.codec = lanes, send_R, recv_R, codec
         self.underway: _Underway | None = None
 
     def depart(self, rows_PD: Tensor) -> Tensor:
@@ -48,24 +48,25 @@ class Flight:
         return _Arrive.apply(pending_ND, self)
 
     def start(self, rows: Tensor, send_R: list[int], recv_R: list[int]) -> None:
-        """Begin the exchange of `rows`; every rank of the group does so in the same order."""
+        """Begin the exchange of `rows`; every rank does so in the same order."""
         assert self.underway is None, "one exchange at a time"
-        rank = dist.get_rank(self.group)
+        rank = self.lanes.rank
         sent, own, before = rows.contiguous(), None, 0
         if self.codec is not None:
             low, own, high = rows.split([sum(send_R[:rank]), send_R[rank], sum(send_R[rank + 1 :])])
             sent = self.codec.encode(torch.cat([low, high]))
             send_R, recv_R, before = _without(rank, send_R), _without(rank, recv_R), sum(recv_R[:rank])
         received = sent.new_empty((sum(recv_R), *sent.shape[1:]))
-        work = dist.all_to_all_single(received, sent, recv_R, send_R, group=self.group, async_op=True)
-        self.underway = _Underway(work, sent, received, own, before)
+        works = self.lanes.start(received, sent, recv_R, send_R)
+        self.underway = _Underway(works, sent, received, own, before)
 
     def finish(self, hidden: int, dtype: torch.dtype) -> Tensor:
         """Wait for the exchange that was started; its rows."""
         underway = self.underway
         assert underway is not None, "nothing was started"
         self.underway = None
-        underway.work.wait()
+        for work in underway.works:
+            work.wait()
         if self.codec is None or underway.own is None:
             return underway.received
         away = self.codec.decode(underway.received, hidden, dtype)

@@ -16,6 +16,7 @@ from anabranch.placement.base import IntArray
 from anabranch.transport.codecs.base import Codec
 from anabranch.transport.collectives import exchange_plain, gather_plain
 from anabranch.transport.flight import Flight
+from anabranch.transport.lanes import Lanes
 from anabranch.transport.rows import fan_in
 from anabranch.transport.segments import segment_index, starts
 
@@ -42,20 +43,18 @@ class Leg(NamedTuple):
     code_UK: Tensor
 
     def out(
-        self, x_SD: Tensor, weights_SK: Tensor, group: dist.ProcessGroup, codec: Codec | None
+        self, x_SD: Tensor, weights_SK: Tensor, lanes: Lanes, codec: Codec | None
     ) -> Callable[[], Carried]:
         """Start sending tokens and weights; the landing returns what arrived."""
         sizes = (self.send_M.tolist(), self.recv_M.tolist())
-        tokens, weights = Flight(group, *sizes, codec), Flight(group, *sizes)
+        tokens, weights = Flight(lanes, *sizes, codec), Flight(lanes, *sizes)
         x_UD = tokens.depart(x_SD.index_select(0, self.token_V))
         weights_UK = weights.depart(weights_SK.index_select(0, self.token_V) * self.keep_VK)
         return lambda: Carried(tokens.arrive(x_UD), weights.arrive(weights_UK))
 
-    def home(
-        self, sums_UD: Tensor, tokens: int, group: dist.ProcessGroup, codec: Codec | None
-    ) -> Callable[[], Tensor]:
+    def home(self, sums_UD: Tensor, tokens: int, lanes: Lanes, codec: Codec | None) -> Callable[[], Tensor]:
         """Start sending one row a token received back; the landing returns (S, D), S = `tokens`, their sums."""
-        flight = Flight(group, self.recv_M.tolist(), self.send_M.tolist(), codec)
+        flight = Flight(lanes, self.recv_M.tolist(), self.send_M.tolist(), codec)
         pending_VD = flight.depart(sums_UD)
         return lambda: fan_in(flight.arrive(pending_VD), None, self.token_V, tokens)
 

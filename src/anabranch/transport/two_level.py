@@ -31,10 +31,10 @@ class TwoLevel(Dedup):
                 "on each. Use transport='dedup', or an ep_size that divides evenly",
                 setting="transport",
             )
-        if domain.rail is None or domain.rail_back is None or domain.local is None:
+        if domain.rail is None or domain.local is None:
             return super()._stages()
         far_G = (np.arange(nodes.count) != nodes.node_R[self.rank]).astype(np.int64)
-        between = Stage(domain.rail, domain.rail_back, torch.from_numpy(nodes.node_R), far_G, wired=True)
+        between = Stage(domain.rail, torch.from_numpy(nodes.node_R), far_G, wired=True)
         near_M = np.zeros(nodes.per_node, dtype=np.int64)
-        within = Stage(domain.local, domain.local, torch.from_numpy(nodes.local_R), near_M, wired=False)
+        within = Stage(domain.local, torch.from_numpy(nodes.local_R), near_M, wired=False)
         return between, within
