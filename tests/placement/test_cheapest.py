@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -194,3 +196,24 @@ def test_the_planners_worth_pricing(names, planners, least):
     unpriced = candidate_planners(None, Nodes.of(names), 0.1, 3)
     assert list(unpriced) == planners
     assert unpriced["bounded"].min_rows == 0
+
+
+def test_a_restored_choice_goes_on_as_the_first_would_have():
+    batches = [SKEWED, SKEWED, EVEN, SKEWED, EVEN, EVEN, SKEWED, EVEN] * 4
+    whole = _chooser(Tariff({FLAT: 3, DEDUP: 2}), review_every=5)
+    chosen = [whole.choose(counts_RE, HOMES)[1:] for counts_RE in batches]
+    for stop in range(1, len(batches)):
+        first, second = (_chooser(Tariff({FLAT: 3, DEDUP: 2}), review_every=5) for _ in range(2))
+        for counts_RE in batches[:stop]:
+            first.choose(counts_RE, HOMES)
+        second.restore(json.loads(json.dumps(first.state())))
+        assert [second.choose(counts_RE, HOMES)[1:] for counts_RE in batches[stop:]] == chosen[stop:]
+
+
+def test_a_choice_that_is_no_longer_offered_is_forgotten():
+    first = _chooser(Tariff({FLAT: 3, DEDUP: 1}))
+    first.choose(SKEWED, HOMES)
+    alone = _chooser(Tariff({FLAT: 3}), exchanges=(FLAT,))
+    alone.restore(first.state())
+    alone.restore(_chooser(Tariff({})).state())
+    assert alone.choose(SKEWED, HOMES).exchange == FLAT

@@ -116,6 +116,7 @@ class AdaptiveEP(EPImplementation):
         self.homes = Homes.contiguous(self.experts._parameters[self.names[0]].shape[0], ep_mesh.size())
         self.forward = experts_forward(experts, self.names, self.experts_forward)
         self.layer: AdaptiveExperts | None = None
+        self._restored: dict[str, Any] | None = None
         self.observers: list[Callable[[Observation], None]] = []
         _check_agreement(self.settings, self.group, ep_mesh.device_type)
         self.carriers = self._carriers(ep_mesh)
@@ -141,7 +142,20 @@ class AdaptiveEP(EPImplementation):
                 self.group, self.homes, chooser, self.carriers.transports, self.forward
             )
             self.layer.observers = self.observers
+            if self._restored is not None:
+                self.restore(self._restored)
         return self.layer
+
+    def state(self) -> dict[str, Any] | None:
+        """What a choice by price keeps from one call to the next; None where nothing is chosen."""
+        chooser = self.layer.chooser if self.layer else None
+        return chooser.state() if isinstance(chooser, CheapestChoice) else None
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`, now or as soon as the layer is built, so that a resumed run repeats its choices."""
+        self._restored = state
+        if self.layer is not None and isinstance(self.layer.chooser, CheapestChoice):
+            self.layer.chooser.restore(state)
 
     def _chooser(self, home: list[Tensor], x_SD: Tensor, top_k: int) -> Chooser:
         s, carriers = self.settings, self.carriers

@@ -4,7 +4,7 @@ Shape suffixes: R ranks of the expert-parallel group, E experts.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from anabranch.errors import ConfigError
 from anabranch.placement.base import Homes, IntArray, Plan, Planner, max_over_mean
@@ -89,6 +89,25 @@ class CheapestChoice:
             self._soonest = min(2 * self._soonest, self.review_every)
         self._calls_since, self._reviewed_max_mean = 0, max_mean
         return choice
+
+    def state(self) -> dict[str, Any]:
+        """All that its next choices depend on beside the counts and the prices, as JSON holds it."""
+        kept = None if self._kept is None else [self._kept[0], *self._kept[1]]
+        return {
+            "kept": kept,
+            "reviewed_max_mean": self._reviewed_max_mean,
+            "calls_since": self._calls_since,
+            "soonest": self._soonest,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where another one's `state` was taken. One that keeps what is not offered here is forgotten."""
+        planner, *exchange = state["kept"] or [None, "", 1]
+        kept = (planner, Exchange(*exchange))
+        if kept[0] in self.planners and kept[1] in self.exchanges:
+            self._kept = kept
+            self._reviewed_max_mean, self._calls_since = state["reviewed_max_mean"], state["calls_since"]
+            self._soonest = state["soonest"]
 
     def slots_needed(self, homes: Homes) -> int:
         """The most guest slots a rank can need under any of the planners."""

@@ -4,6 +4,7 @@ Clipping across meshes holds. Resuming does not: the Trainer refuses to checkpoi
 sharded at load time, though transformers has the functions that write and read it.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
 
+from anabranch.integrations.transformers import adaptive_layers
 from anabranch.training.checkpoints import keep_newest, mark_complete
 
 OPTIMIZER_FOLDER = "optimizer_distributed"
@@ -57,10 +59,25 @@ class AdaptiveTrainer(Trainer):
         scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing to do: the runner built the model from this checkpoint's weights."""
+        """The runner built the model from this checkpoint's weights; left are the choices of `auto`."""
+        file = Path(resume_from_checkpoint) / self._choices
+        states = json.loads(file.read_text()) if file.exists() else {}
+        for name, layer in adaptive_layers(self.model).items():
+            if name in states:
+                layer.restore(states[name])
+
+    @property
+    def _choices(self) -> str:
+        return f"choices-{self.args.process_index:04d}.json"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        states = {
+            name: state for name, layer in adaptive_layers(self.model).items() if (state := layer.state())
+        }
+        if states:
+            saved = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            (saved / self._choices).write_text(json.dumps(states))
         if dist.is_initialized():
             dist.barrier()
         if self.args.should_save:
