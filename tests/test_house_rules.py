@@ -54,6 +54,7 @@ TEST_HELPERS = {
     "run_distributed.py": "functions on real ranks",
     "lab/remains.py": "what labs have left on this machine",
     "integrations/conftest.py": "the judge of parity and its report",
+    "integrations/lab_rank.py": "one rank of parity in the emulated cluster",
     "integrations/parity.py": "one training, in one process and on ranks, compared",
     "integrations/toy_models.py": "toy models of real families and the text they read",
     "training/starting.py": "a run on a rank, as `anabranch train` starts it",

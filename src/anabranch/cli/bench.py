@@ -15,7 +15,7 @@ from rich.table import Table
 from anabranch.cli.bench_balance import BalanceBench
 from anabranch.cli.bench_planner import bench_planner
 from anabranch.cli.cluster_cases import ClusterCases
-from anabranch.cli.cluster_grid import full_grid, measure, print_cells, quick_grid, verdict
+from anabranch.cli.cluster_grid import full_grid, measure, print_cells, print_explained, quick_grid, verdict
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.launch import launch
 from anabranch.cli.process import under_torchrun
@@ -91,6 +91,9 @@ def cluster(
     tokens: Annotated[int, typer.Option(min=64, help="tokens a rank")] = 256,
     max_mean: Annotated[float, typer.Option(min=1.0, help="rank max/mean of the stress workloads")] = 2.0,
     topology: Annotated[list[str] | None, typer.Option(help="only this one, such as 2x2; repeatable")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="show what auto chooses from, for one layer")
+    ] = False,
 ) -> None:
     """A whole model's step under every policy, on emulated nodes with shaped links; as root."""
     _check_json(json_file)
@@ -98,13 +101,15 @@ def cluster(
     cases = ClusterCases(1, 32, 8, tokens, 2, max_mean, str(natural_trace("tiny8")))
     about = {**machine(), "tokens": tokens, "rounds": rounds, "model": "tiny8"}
     rows: list[dict[str, Any]] = []
-    for more in measure(grid, cases, rounds, slots=4, epsilon=0.05):
+    for more, explained in measure(grid, cases, rounds, slots=4, epsilon=0.05, explain=explain):
         rows += more
         if json_file is not None:  # after each lab: an interruption keeps what was measured
             json_file.parent.mkdir(parents=True, exist_ok=True)
             found = {"machine": about, "rows": rows, "verdict": asdict(verdict(rows))}
             json_file.write_text(json.dumps(found, indent=1))
         print_cells(more)
+        if explain:
+            print_explained(explained)
     typer.echo(verdict(rows).text())
 
 

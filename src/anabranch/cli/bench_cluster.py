@@ -17,12 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 import anabranch
-from anabranch.cli.cluster_cases import PAST, ClusterCases
+from anabranch.cli.cluster_cases import NATURAL, PAST, ClusterCases
 from anabranch.cli.cluster_model import AdaptiveModel, StepModel
 from anabranch.cli.cluster_rows import AUTO, IDEAL, TRANSFORMERS, Policy, Reporter, Run, policies
 from anabranch.costs.call import CallModel
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.integrations.carriers import Carriers
+from anabranch.integrations.empty_share import bypass_sharding
+from anabranch.integrations.measure import LayerShape, Probe
 from anabranch.placement.base import Homes
 from anabranch.placement.cheapest import CheapestChoice, candidate_planners
 from anabranch.placement.choice import Chooser, Exchange, FixedChoice
@@ -44,6 +46,7 @@ class ClusterBench:
     epsilon: float
     cache: str
     cpu: float | None = None
+    explain: bool = False
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "ClusterBench":
@@ -51,13 +54,13 @@ class ClusterBench:
 
 
 def bench_cluster_rank(settings: dict[str, Any]) -> dict[str, Any]:
-    """The job of one rank. Returns {"rows": [...], "samples": {...}}, the same on every rank."""
+    """The job of one rank. Returns {"rows": [...], "explained": [...]}, the same on every rank."""
     bench = ClusterBench.from_dict(settings)
     dist.init_process_group("gloo")
     anabranch.enable(planner=AUTO, epsilon=bench.epsilon, slots=bench.slots, cache=bench.cache)
     measured = ClusterRank(bench)
     rows = [row for workload in bench.workloads for row in measured.rows(workload)]
-    return {"rows": rows, "samples": measured.samples.to_json()}
+    return {"rows": rows, "explained": measured.explained() if bench.explain else []}
 
 
 class ClusterRank:
@@ -101,6 +104,34 @@ class ClusterRank:
                 run = Run() if turn == 0 else runs[policy]
                 self._once(policy, layers[policy], even if policy.name == IDEAL else ids, counts, run)
         return [self.reporter.row(workload, policy, runs) for policy in self.policies]
+
+    def explained(self) -> list[dict[str, Any]]:
+        """One layer under natural routing: everything `auto` chooses from, cheapest first."""
+        adaptive, carriers = self.ours.adaptive[0], self.carriers["none"]
+        home = bypass_sharding(
+            adaptive.experts, [adaptive.experts._parameters[name] for name in adaptive.names]
+        )
+        ids_SK = self._tensors(self.cases.ids(NATURAL, PAST))[0]
+        shape = LayerShape(self.homes, ids_SK.shape[0], self.samples.hidden, self.cases.top_k, home[0].dtype)
+        probe = Probe(carriers.domain, shape, home, adaptive.forward)
+        chooser = self._chooser(Policy(AUTO, None))
+        assert isinstance(chooser, CheapestChoice)
+        chooser.choose(self.cases.counts(NATURAL, PAST)[0], self.homes)
+        return [
+            {
+                "planner": c.planner,
+                "exchange": f"{c.exchange.transport}/{c.exchange.chunks}",
+                "guests": c.guests,
+                "predicted_ms": round(c.predicted_ms, 2),
+                "measured_ms": round(
+                    probe.layer(
+                        FixedChoice(chooser.planners[c.planner], c.exchange), carriers.transports, ids_SK
+                    ),
+                    2,
+                ),
+            }
+            for c in sorted(chooser.review, key=lambda candidate: candidate.predicted_ms)
+        ]
 
     def _once(
         self, policy: Policy, layers: list[AdaptiveExperts], ids: list[Tensor], counts: list[Any], run: Run

@@ -90,8 +90,17 @@ def quick_grid(cores: int) -> Grid:
     return Grid(full_grid(cores).labs[:2], QUICK_WORKLOADS)
 
 
-def measure(grid: Grid, cases: ClusterCases, rounds: int, slots: int, epsilon: float) -> Iterator[list[Row]]:
-    """The rows of one lab after the other. Raises AnabranchError where a lab cannot be set up or a rank fails."""
+class Measured(NamedTuple):
+    """One lab. explained: what `auto` chooses from, where asked."""
+
+    rows: list[Row]
+    explained: list[Row]
+
+
+def measure(
+    grid: Grid, cases: ClusterCases, rounds: int, slots: int, epsilon: float, *, explain: bool
+) -> Iterator[Measured]:
+    """One lab after the other. Raises AnabranchError where a lab cannot be set up or a rank fails."""
     with tempfile.TemporaryDirectory(prefix="anabranch-cluster-") as name:
         folder = Path(name)
         write_model(folder / "model")
@@ -99,9 +108,9 @@ def measure(grid: Grid, cases: ClusterCases, rounds: int, slots: int, epsilon: f
             here = replace(cases, ranks=spec.ranks)
             bench = ClusterBench(
                 str(folder / "model"), here, grid.workloads or here.names(), rounds, slots, epsilon,
-                str(folder / f"cache{number}"), spec.cpu,
+                str(folder / f"cache{number}"), spec.cpu, explain,
             )  # fmt: skip
-            rows = _in_lab(spec, folder / str(number), bench)
+            result = _in_lab(spec, folder / str(number), bench)
             about = {
                 "topology": topology(spec),
                 "inter_mbit": spec.inter_mbit,
@@ -111,7 +120,8 @@ def measure(grid: Grid, cases: ClusterCases, rounds: int, slots: int, epsilon: f
                 "tokens": here.tokens,
                 "rounds": rounds,
             }
-            yield [about | row for row in rows]
+            rows, explained = ([about | row for row in result[part]] for part in ("rows", "explained"))
+            yield Measured(rows, explained)
 
 
 def write_model(folder: Path) -> None:
@@ -120,7 +130,7 @@ def write_model(folder: Path) -> None:
     AutoModelForCausalLM.from_config(presets()[MODEL].config).save_pretrained(folder)
 
 
-def _in_lab(spec: LabSpec, folder: Path, bench: ClusterBench) -> list[Row]:
+def _in_lab(spec: LabSpec, folder: Path, bench: ClusterBench) -> dict[str, list[Row]]:
     folder.mkdir()
     job = folder / "job.json"
     job.write_text(json.dumps({"job": "bench_cluster", "settings": asdict(bench), "launcher": None}))
@@ -132,7 +142,7 @@ def _in_lab(spec: LabSpec, folder: Path, bench: ClusterBench) -> list[Row]:
         raise AnabranchError(json.loads(crashes[0].read_text())["traceback"])
     if status:
         raise AnabranchError(f"the ranks of the lab {spec} ended with {status}")
-    return json.loads((folder / "result.json").read_text())["rows"]
+    return json.loads((folder / "result.json").read_text())
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
@@ -168,6 +178,17 @@ def print_cells(rows: Sequence[Row]) -> None:
             f"{auto['speedup_vs_transformers']:.2f}", f"{auto['percent_of_ideal']:.0f} %",
             f"{best['policy']} {best['transport']}/{best['chunks']}", f"{cell.to_best:.2f}", auto["chosen"],
         )  # fmt: skip
+    Console(width=None if os.isatty(1) else 200).print(table)
+
+
+def print_explained(rows: Sequence[Row]) -> None:
+    """One layer under natural routing: every candidate of `auto` with its predicted and measured time."""
+    columns = ("topology", "inter_mbit", "planner", "exchange", "guests", "predicted_ms", "measured_ms")
+    table = Table(
+        *columns, title="one layer under natural routing, forward and backward: what auto chooses from"
+    )
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in columns))
     Console(width=None if os.isatty(1) else 200).print(table)
 
 

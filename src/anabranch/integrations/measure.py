@@ -16,7 +16,7 @@ from torch import Tensor
 from anabranch.experts.adaptive import AdaptiveExperts
 from anabranch.experts.grouped import ExpertsForward
 from anabranch.placement.base import Homes, Planner
-from anabranch.placement.choice import Exchange, FixedChoice
+from anabranch.placement.choice import Chooser, Exchange, FixedChoice
 from anabranch.placement.static import StaticPlanner
 from anabranch.telemetry.samples import CallSample, Samples
 from anabranch.transport.base import Transport, Wires
@@ -174,13 +174,13 @@ class Probe:
 
     def call(self, transports: Mapping[str, Transport], exchange: Exchange, tokens: int) -> float:
         """A whole call of the layer, forward and backward, evenly routed, nothing lent."""
-        homes = self.shape.homes
-        layer = AdaptiveExperts(
-            self.domain.group, homes, FixedChoice(StaticPlanner(), exchange), transports, self.forward
-        )
-        ids_SK = self._even_ids(tokens)
+        return self.layer(FixedChoice(StaticPlanner(), exchange), transports, self._even_ids(tokens))
+
+    def layer(self, chooser: Chooser, transports: Mapping[str, Transport], ids_SK: Tensor) -> float:
+        """A whole call of the layer with this routing, forward and backward."""
+        layer = AdaptiveExperts(self.domain.group, self.shape.homes, chooser, transports, self.forward)
         weights_SK = torch.full(ids_SK.shape, 1.0 / self.shape.top_k, device=self.device, requires_grad=True)
-        x_SD = self._rows(tokens)
+        x_SD = self._rows(ids_SK.shape[0])
 
         def step() -> None:
             y_SD = layer(self.home, x_SD, ids_SK, weights_SK)
