@@ -102,10 +102,12 @@ class CheapestChoice:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where another one's `state` was taken. One that keeps what is not offered here is forgotten."""
-        planner, *exchange = state["kept"] or [None, "", 1]
-        kept = (planner, Exchange(*exchange))
-        if kept[0] in self.planners and kept[1] in self.exchanges:
-            self._kept = kept
+        if state["kept"] is None:
+            return
+        planner, transport, chunks = state["kept"]
+        exchange = Exchange(str(transport), int(chunks))
+        if planner in self.planners and exchange in self.exchanges:
+            self._kept = (str(planner), exchange)
             self._reviewed_max_mean, self._calls_since = state["reviewed_max_mean"], state["calls_since"]
             self._soonest = state["soonest"]
 

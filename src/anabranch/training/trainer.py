@@ -15,7 +15,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
 
-from anabranch.integrations.transformers import adaptive_layers
+from anabranch.integrations.transformers import AdaptiveEP, adaptive_layers
 from anabranch.training.checkpoints import keep_newest, mark_complete
 
 OPTIMIZER_FOLDER = "optimizer_distributed"
@@ -62,9 +62,14 @@ class AdaptiveTrainer(Trainer):
         """The runner built the model from this checkpoint's weights; left are the choices of `auto`."""
         file = Path(resume_from_checkpoint) / self._choices
         states = json.loads(file.read_text()) if file.exists() else {}
-        for name, layer in adaptive_layers(self.model).items():
+        for name, layer in self._layers.items():
             if name in states:
                 layer.restore(states[name])
+
+    @property
+    def _layers(self) -> dict[str, AdaptiveEP]:
+        model: Any = self.model
+        return adaptive_layers(model)
 
     @property
     def _choices(self) -> str:
@@ -72,9 +77,7 @@ class AdaptiveTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        states = {
-            name: state for name, layer in adaptive_layers(self.model).items() if (state := layer.state())
-        }
+        states = {name: state for name, layer in self._layers.items() if (state := layer.state())}
         if states:
             saved = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             (saved / self._choices).write_text(json.dumps(states))
