@@ -70,7 +70,9 @@ def test_the_verdict_takes_the_worst_cell():
         _row("ideal", [50.0, 50.0, 50.0], theirs, predicted_ms=60.0),
     ]
     even = [
-        _row(r["policy"], [100.0], [100.0], "W0", max_mean_before=1.0) for r in rows if r["codec"] == "none"
+        _row(r["policy"], [100.0] * 2, [100.0] * 2, "W0", max_mean_before=1.0)
+        for r in rows
+        if r["codec"] == "none"
     ]
     found = verdict(rows + even)
     assert (found.cells, found.skewed_cells) == (2, 1)

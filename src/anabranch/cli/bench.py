@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import tempfile
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anabranch.cli.bench_balance import BalanceBench
+from anabranch.cli.bench_codecs import bench_codecs
 from anabranch.cli.bench_planner import bench_planner
 from anabranch.cli.cluster_cases import ClusterCases
 from anabranch.cli.cluster_grid import full_grid, measure, print_cells, print_explained, quick_grid, verdict
@@ -111,6 +113,21 @@ def cluster(
         if explain:
             print_explained(explained)
     typer.echo(verdict(rows).text())
+
+
+@bench.command()
+@fails_clearly
+def codecs(
+    json_file: JsonFile = None,
+    steps: Annotated[int, typer.Option(min=1, help="optimizer steps of each run")] = 200,
+) -> None:
+    """Train once with each wire codec: its effect on the final validation loss, and on a gradient."""
+    _check_json(json_file)
+    with tempfile.TemporaryDirectory(prefix="anabranch-codecs-") as folder:
+        rows = list(bench_codecs(steps, Path(folder)))
+    columns = ("dispatch_wire", "combine_wire", "bytes_a_number", "eval_loss", "eval_loss_change_percent",
+               "gradient_relative_error", "gradient_cosine")  # fmt: skip
+    _report(rows, columns, json_file)
 
 
 def natural_trace(preset: str = "tiny") -> Path:

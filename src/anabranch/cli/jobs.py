@@ -8,6 +8,7 @@ import torch
 
 from anabranch.cli.bench_balance import bench_balance_rank
 from anabranch.cli.bench_cluster import bench_cluster_rank
+from anabranch.cli.bench_codecs import codec_gradients_rank
 from anabranch.cli.process import quiet
 from anabranch.cli.train import train_rank
 from anabranch.training.agreement import leave
@@ -15,6 +16,7 @@ from anabranch.training.agreement import leave
 JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "bench_balance": bench_balance_rank,
     "bench_cluster": bench_cluster_rank,
+    "codec_gradients": codec_gradients_rank,
     "train": train_rank,
 }
 
