@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import anabranch
 from anabranch.cli.cluster_cases import NATURAL, PAST, ClusterCases
@@ -23,7 +24,6 @@ from anabranch.cli.cluster_rows import AUTO, IDEAL, TRANSFORMERS, Policy, Report
 from anabranch.costs.call import CallModel
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.integrations.carriers import Carriers
-from anabranch.integrations.empty_share import bypass_sharding
 from anabranch.integrations.measure import LayerShape, Probe
 from anabranch.placement.base import Homes
 from anabranch.placement.cheapest import CheapestChoice, candidate_planners
@@ -108,9 +108,9 @@ class ClusterRank:
     def explained(self) -> list[dict[str, Any]]:
         """One layer under natural routing: everything `auto` chooses from, cheapest first."""
         adaptive, carriers = self.ours.adaptive[0], self.carriers["none"]
-        home = bypass_sharding(
-            adaptive.experts, [adaptive.experts._parameters[name] for name in adaptive.names]
-        )
+        # Between steps the shares of the experts lie there unsharded, as distributed tensors of the group.
+        own: list[Any] = [adaptive.experts._parameters[name] for name in adaptive.names]
+        home = [p.to_local().detach() if isinstance(p, DTensor) else p.detach() for p in own]
         ids_SK = self._tensors(self.cases.ids(NATURAL, PAST))[0]
         shape = LayerShape(self.homes, ids_SK.shape[0], self.samples.hidden, self.cases.top_k, home[0].dtype)
         probe = Probe(carriers.domain, shape, home, adaptive.forward)

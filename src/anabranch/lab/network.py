@@ -9,6 +9,9 @@ link. Ranks of one node talk over its `lo`: the kernel routes a node's own addre
 Shaping is htb with one class. Against tbf (measured: docs/lab.md) it takes the kernel's large segments whole,
 so it costs no CPU for cutting them up, delivers what is set from 200 Mbit/s to 5 Gbit/s, and its bucket can be
 far smaller than a message.
+
+Connections use cubic, or reno where the kernel lacks it, whatever the machine prefers: bbr stops sending for 200 ms
+every ten seconds to probe the link, which a benchmark sees as stalls of single steps.
 """
 
 import os
@@ -25,6 +28,7 @@ MTU = 9000  # the frames of a cluster's network; 1500 would lose 4 % to headers
 BURST_BYTES = 9_000
 BURST_US = 100  # at fast rates the bucket holds what passes between two timer interrupts
 QUANTUM_BYTES = 16_000
+CONGESTION_CONTROL = "/proc/sys/net/ipv4/tcp_congestion_control"  # of the namespace that opens it
 
 
 def namespace(lab: str, node: int) -> str:
@@ -53,8 +57,15 @@ def build(lab: str, spec: LabSpec, tools: Tools) -> None:
         if spec.inter_mbit is not None:
             _shape(home, INTERFACE, spec.inter_mbit, tools)
             _shape(hub, port, spec.inter_mbit, tools)
+        _control_congestion(home, tools)
         if spec.intra_mbit is not None:
             _shape(home, "lo", spec.intra_mbit, tools)
+
+
+def _control_congestion(home: str, tools: Tools) -> None:
+    inside = ("nsenter", f"--net={NAMESPACES / home}", "sh", "-c")
+    if tools.attempt(*inside, f"echo cubic >{CONGESTION_CONTROL}").returncode:
+        tools(*inside, f"echo reno >{CONGESTION_CONTROL}")
 
 
 def _shape(home: str, interface: str, rate_mbit: float, tools: Tools) -> None:
