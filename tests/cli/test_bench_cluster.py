@@ -25,7 +25,7 @@ def test_every_workload_routes_its_tokens_to_distinct_experts(workload):
     for step in (31, 35):
         layers = CASES.ids(workload, step)
         assert len(layers) == CASES.layers
-        for by_rank, counts_RE in zip(layers, CASES.counts(workload, step), strict=True):
+        for by_rank, counts_RE in zip(layers, CASES.counts(layers), strict=True):
             assert sum(len(ids_SK) for ids_SK in by_rank) == 4 * 64
             for ids_SK in by_rank:
                 assert ids_SK.shape[1] == 8
@@ -34,12 +34,12 @@ def test_every_workload_routes_its_tokens_to_distinct_experts(workload):
 
 
 def test_stress_is_as_skewed_as_asked_and_layers_differ():
-    assert CASES.max_mean_of(CASES.counts("W2", 32)) == pytest.approx(2.0, abs=0.04)
-    assert CASES.max_mean_of(CASES.counts("W0", 32)) == pytest.approx(1.0, abs=0.01)
-    first, second = CASES.counts("W2", 32)
+    assert CASES.max_mean_of(CASES.counts(CASES.ids("W2", 32))) == pytest.approx(2.0, abs=0.04)
+    assert CASES.max_mean_of(CASES.counts(CASES.ids("W0", 32))) == pytest.approx(1.0, abs=0.01)
+    first, second = CASES.counts(CASES.ids("W2", 32))
     assert (first != second).any()
-    assert 1.0 < CASES.max_mean_of(CASES.counts(NATURAL, 32)) < 3.0
-    assert (CASES.counts(NATURAL, 32)[0] != CASES.counts(NATURAL, 33)[0]).any()
+    assert 1.0 < CASES.max_mean_of(CASES.counts(CASES.ids(NATURAL, 32))) < 3.0
+    assert (CASES.counts(CASES.ids(NATURAL, 32))[0] != CASES.counts(CASES.ids(NATURAL, 33))[0]).any()
 
 
 @pytest.mark.parametrize(("nodes", "best"), [("aabb", "two_level"), ("abcd", "dedup")])

@@ -1,11 +1,8 @@
-"""`anabranch bench planner`, `anabranch bench balance` and `anabranch bench cluster`."""
+"""`anabranch bench`: planner, balance, cluster and codecs."""
 
-import json
 import os
-import platform
 import tempfile
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,14 +13,22 @@ from rich.table import Table
 from anabranch.cli.bench_balance import BalanceBench
 from anabranch.cli.bench_codecs import bench_codecs
 from anabranch.cli.bench_planner import bench_planner
-from anabranch.cli.cluster_cases import ClusterCases
-from anabranch.cli.cluster_grid import full_grid, measure, print_cells, print_explained, quick_grid, verdict
+from anabranch.cli.cluster_grid import (
+    MODEL,
+    cases_of_model,
+    full_grid,
+    measure,
+    print_cells,
+    print_explained,
+    quick_grid,
+    verdict,
+)
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.launch import launch
 from anabranch.cli.process import under_torchrun
+from anabranch.cli.results import require_json_file, write_results
 from anabranch.errors import ConfigError, TraceError
 from anabranch.training.config import DTYPES
-from anabranch.training.folder import require_folder
 from anabranch.transport.choose import require_transport
 from anabranch.workload.trace import load_trace
 
@@ -38,7 +43,7 @@ def planner(
     rounds: Annotated[int, typer.Option(min=1, help="plans timed per case")] = 200, json_file: JsonFile = None
 ) -> None:
     """Time the planners on skewed loads, on one thread."""
-    _check_json(json_file)
+    require_json_file(json_file)
     rows = bench_planner(rounds)
     columns = ("planner", "ranks", "experts", "plan_us_median", "plan_us_p90", "assign_us_median", "guests",
                "max_mean_before", "max_mean_after")  # fmt: skip
@@ -60,7 +65,7 @@ def balance(
     ] = None,
 ) -> None:
     """One MoE layer, forward and backward, under every policy and workload, interleaved in one run."""
-    _check_json(json_file)
+    require_json_file(json_file)
     size = BalanceBench(
         2,
         rounds=rounds,
@@ -98,17 +103,15 @@ def cluster(
     ] = False,
 ) -> None:
     """A whole model's step under every policy, on emulated nodes with shaped links; as root."""
-    _check_json(json_file)
+    require_json_file(json_file)
     grid = (quick_grid if quick else full_grid)(os.cpu_count() or 1).only(topology or [])
-    cases = ClusterCases(1, 32, 8, tokens, 2, max_mean, str(natural_trace("tiny8")))
-    about = {**machine(), "tokens": tokens, "rounds": rounds, "model": "tiny8"}
+    cases = cases_of_model(tokens, max_mean, natural_trace(MODEL))
+    about = {"tokens": tokens, "rounds": rounds, "model": MODEL}
     rows: list[dict[str, Any]] = []
     for more, explained in measure(grid, cases, rounds, slots=4, epsilon=0.05, explain=explain):
         rows += more
-        if json_file is not None:  # after each lab: an interruption keeps what was measured
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            found = {"machine": about, "rows": rows, "verdict": asdict(verdict(rows))}
-            json_file.write_text(json.dumps(found, indent=1))
+        # After each lab: an interruption keeps what was measured.
+        write_results(json_file, rows, about, verdict=asdict(verdict(rows)))
         print_cells(more)
         if explain:
             print_explained(explained)
@@ -122,7 +125,7 @@ def codecs(
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps of each run")] = 200,
 ) -> None:
     """Train once with each wire codec: its effect on the final validation loss, and on a gradient."""
-    _check_json(json_file)
+    require_json_file(json_file)
     with tempfile.TemporaryDirectory(prefix="anabranch-codecs-") as folder:
         rows = list(bench_codecs(steps, Path(folder)))
     columns = ("dispatch_wire", "combine_wire", "bytes_a_number", "eval_loss", "eval_loss_change_percent",
@@ -157,33 +160,8 @@ def _check(size: BalanceBench, ranks: int) -> None:
         )
 
 
-def _check_json(json_file: Path | None) -> None:
-    """Figures that took minutes are not lost for want of a folder."""
-    if json_file is not None:
-        require_folder("json", json_file.absolute().parent)
-        if json_file.is_dir():
-            raise ConfigError(f"{json_file} is a folder; name a file", setting="json")
-
-
-def machine() -> dict[str, Any]:
-    """Where the figures were measured."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.split(":")[1].strip() for line in lines if "model name" in line)
-    model = next(names, platform.processor())
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "numpy")},
-    }
-
-
 def _report(rows: list[dict[str, Any]], columns: tuple[str, ...], json_file: Path | None) -> None:
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+    write_results(json_file, rows)
     table = Table()
     for column in columns:
         table.add_column(column, justify="left" if column in ("workload", "policy", "planner") else "right")

@@ -24,6 +24,7 @@ from transformers import Qwen3MoeConfig
 from transformers.distributed.expert_parallel import AllToAllEP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from anabranch.cli.process import device
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.experts.grouped import experts_forward
 from anabranch.placement.base import Homes, Plan, max_over_mean
@@ -80,19 +81,15 @@ class Measured(NamedTuple):
 def bench_balance_rank(settings: dict[str, Any]) -> dict[str, Any]:
     """The job of one rank. Returns {"rows": [...]}, the same on every rank."""
     bench = BalanceBench(**settings)
-    dist.init_process_group(torch.distributed.get_default_backend_for_device(_device()))
+    dist.init_process_group(torch.distributed.get_default_backend_for_device(device()))
     torch.manual_seed(0)
-    mesh = init_device_mesh(_device().type, (1, bench.ranks), mesh_dim_names=("tp", "ep"))
+    mesh = init_device_mesh(device().type, (1, bench.ranks), mesh_dim_names=("tp", "ep"))
     module = _experts(bench, mesh["ep"])
     steps = _policies(bench, module, mesh)
     rows: list[dict[str, Any]] = []
     for case in _cases(bench):
         rows += _measure(bench, case, module, steps)
     return {"rows": rows}
-
-
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _experts(bench: BalanceBench, ep_mesh: DeviceMesh) -> nn.Module:
@@ -107,7 +104,7 @@ def _experts(bench: BalanceBench, ep_mesh: DeviceMesh) -> nn.Module:
     module._is_expert_parallel = True
     for name, whole in list(module.named_parameters(recurse=False)):
         shape = (module.num_experts, *whole.shape[1:])
-        local = torch.randn(shape, dtype=getattr(torch, bench.dtype), device=_device()) * 0.02
+        local = torch.randn(shape, dtype=getattr(torch, bench.dtype), device=device()) * 0.02
         module._parameters[name] = nn.Parameter(local)
     return module
 
@@ -126,7 +123,7 @@ def _policies(bench: BalanceBench, module: nn.Module, mesh: DeviceMesh) -> dict[
     names = [n for n, _ in module.named_parameters(recurse=False)]
     homes = Homes.contiguous(bench.experts, bench.ranks)
     group = mesh["ep"].get_group()
-    transports = {bench.transport: make_transport(bench.transport, make_domain(group, _device()))}
+    transports = {bench.transport: make_transport(bench.transport, make_domain(group, device()))}
     for policy in POLICIES[1:]:
         planner = make_planner("static" if policy == "ideal" else policy, slots=bench.slots)
         chooser = FixedChoice(planner, Exchange(bench.transport))
@@ -174,11 +171,11 @@ def _natural_ids(bench: BalanceBench) -> list[np.ndarray]:
 
 
 def _case(bench: BalanceBench, name: str, ids: list[np.ndarray], even: list[np.ndarray]) -> Case:
-    rank, device, dtype = dist.get_rank(), _device(), getattr(torch, bench.dtype)
-    ids_SK = torch.from_numpy(ids[rank]).to(device)
-    x_SD = torch.randn(ids_SK.shape[0], bench.hidden, dtype=dtype, device=device, requires_grad=True)
-    weights_SK = torch.rand(ids_SK.shape, dtype=dtype, device=device).softmax(-1).requires_grad_()
-    even_ids = torch.from_numpy(np.resize(even[rank], ids_SK.shape)).to(device)
+    rank, here, dtype = dist.get_rank(), device(), getattr(torch, bench.dtype)
+    ids_SK = torch.from_numpy(ids[rank]).to(here)
+    x_SD = torch.randn(ids_SK.shape[0], bench.hidden, dtype=dtype, device=here, requires_grad=True)
+    weights_SK = torch.rand(ids_SK.shape, dtype=dtype, device=here).softmax(-1).requires_grad_()
+    even_ids = torch.from_numpy(np.resize(even[rank], ids_SK.shape)).to(here)
     return Case(name, x_SD, ids_SK, weights_SK, even_ids)
 
 
@@ -219,7 +216,7 @@ def _timed_ms(step: Step, case: Case, module: nn.Module, clock: str) -> float:
     y_SD.backward(torch.ones_like(y_SD))
     if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
         torch.accelerator.synchronize(accelerator)
-    took = torch.tensor([1e3 * (now_s() - started)], dtype=torch.float64, device=_device())
+    took = torch.tensor([1e3 * (now_s() - started)], dtype=torch.float64, device=device())
     dist.all_reduce(took, dist.ReduceOp.MAX)
     return float(took)
 
@@ -238,7 +235,7 @@ def _row(
     # transformers shares the static plan, but sends one row for each (token, expert) pair, there and back.
     shown = seen.get(name, seen["static"])
     token_bytes = shown.token_bytes if name in seen else _pair_bytes(bench, shown.plan)
-    moved = torch.tensor([token_bytes, shown.weight_bytes], dtype=torch.int64, device=_device())
+    moved = torch.tensor([token_bytes, shown.weight_bytes], dtype=torch.int64, device=device())
     dist.all_reduce(moved)
     low, high = np.percentile(times[name], [25, 75])
     return {

@@ -8,7 +8,7 @@ Shape suffixes: S tokens of a rank, K experts a token, R ranks, E experts.
 """
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from anabranch.cli.cluster_cases import NATURAL, PAST, ClusterCases
 from anabranch.cli.cluster_model import AdaptiveModel, StepModel
 from anabranch.cli.cluster_rows import AUTO, IDEAL, TRANSFORMERS, Policy, Reporter, Run, policies
 from anabranch.costs.call import CallModel
+from anabranch.costs.prices import CalibratedPrices
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.integrations.carriers import Carriers
 from anabranch.integrations.measure import LayerShape, Probe
@@ -81,11 +82,11 @@ class ClusterRank:
             first.carriers.domain, first.carriers.exchanges, Wires("int8", "int8")
         )
         chooser = first.layer.chooser if first.layer else None
-        assert isinstance(chooser, CheapestChoice)
+        assert isinstance(chooser, CheapestChoice) and isinstance(chooser.prices, CalibratedPrices)
         self.prices = chooser.prices
         self.policies = policies(first.carriers.exchanges)
         self.rest_ms = {n: self._median(self.ours.without_experts, n) for n in self.sizes}
-        self.samples = self._with_transformers(chooser.prices.model.samples)  # type: ignore[attr-defined]
+        self.samples = self._with_transformers(self.prices.model.samples)
         self.model = CallModel(self.samples)
         nodes = first.carriers.domain.nodes
         self.reporter = Reporter(bench.cases, self.homes, nodes, self.samples.row_bytes, bench.cpu)
@@ -94,16 +95,16 @@ class ClusterRank:
         """One row a policy, after `rounds` interleaved rounds and one to warm up."""
         layers = {policy: self._layers(policy, workload) for policy in self.policies}
         runs = {policy: Run() for policy in self.policies}
+        even, measured = self._even(self.cases.tokens), []
         for turn in range(self.bench.rounds + 1):
-            step = PAST - 1 + turn
-            ids = self._tensors(self.cases.ids(workload, step))
-            even = self._even(self.cases.tokens)
-            counts = self.cases.counts(workload, step)
+            routed = self.cases.ids(workload, PAST - 1 + turn)
+            ids, counts = self._tensors(routed), self.cases.counts(routed)
+            measured += [counts] if turn else []
             first = turn % len(self.policies)
             for policy in self.policies[first:] + self.policies[:first]:
                 run = Run() if turn == 0 else runs[policy]
                 self._once(policy, layers[policy], even if policy.name == IDEAL else ids, counts, run)
-        return [self.reporter.row(workload, policy, runs) for policy in self.policies]
+        return [self.reporter.row(workload, policy, runs, measured) for policy in self.policies]
 
     def explained(self) -> list[dict[str, Any]]:
         """One layer under natural routing: everything `auto` chooses from, cheapest first."""
@@ -111,12 +112,13 @@ class ClusterRank:
         # Between steps the shares of the experts lie there unsharded, as distributed tensors of the group.
         own: list[Any] = [adaptive.experts._parameters[name] for name in adaptive.names]
         home = [p.to_local().detach() if isinstance(p, DTensor) else p.detach() for p in own]
-        ids_SK = self._tensors(self.cases.ids(NATURAL, PAST))[0]
+        routed = self.cases.ids(NATURAL, PAST)
+        ids_SK = self._tensors(routed)[0]
         shape = LayerShape(self.homes, ids_SK.shape[0], self.samples.hidden, self.cases.top_k, home[0].dtype)
         probe = Probe(carriers.domain, shape, home, adaptive.forward)
         chooser = self._chooser(Policy(AUTO, None))
         assert isinstance(chooser, CheapestChoice)
-        chooser.choose(self.cases.counts(NATURAL, PAST)[0], self.homes)
+        chooser.choose(self.cases.counts(routed)[0], self.homes)
         return [
             {
                 "planner": c.planner,
@@ -168,7 +170,8 @@ class ClusterRank:
         choosers = [self._chooser(policy) for _ in self.ours.adaptive]
         if policy.name == "periodic_replication":
             for step in range(PAST):
-                for chooser, counts_RE in zip(choosers, self.cases.counts(workload, step), strict=True):
+                counts = self.cases.counts(self.cases.ids(workload, step))
+                for chooser, counts_RE in zip(choosers, counts, strict=True):
                     chooser.choose(counts_RE, self.homes)
         transports = self.carriers[policy.codec].transports
         return [
@@ -189,12 +192,7 @@ class ClusterRank:
         return [torch.from_numpy(by_rank[self.rank]) for by_rank in ids]
 
     def _even(self, tokens: int) -> list[Tensor]:
-        cases = (
-            self.cases
-            if tokens == self.cases.tokens
-            else ClusterCases(**{**vars(self.cases), "tokens": tokens})
-        )
-        return self._tensors(cases.ids("W0", 0))
+        return self._tensors(replace(self.cases, tokens=tokens).ids("W0", 0))
 
     def _median(self, step: Any, tokens: int) -> float:
         ids = self._even(tokens)
@@ -209,4 +207,4 @@ class ClusterRank:
             )
             for n in self.sizes
         )
-        return Samples(**{**vars(samples), "call_ms": (*samples.call_ms, *calls)})
+        return replace(samples, call_ms=(*samples.call_ms, *calls))

@@ -20,6 +20,7 @@ from transformers.distributed import DistributedConfig
 
 import anabranch
 from anabranch.cli.launch import launch
+from anabranch.cli.process import device
 from anabranch.integrations.transformers import NAME, AdaptiveSettings
 from anabranch.training.config import RunConfig
 from anabranch.training.presets import presets
@@ -65,7 +66,7 @@ def _bytes_a_number(name: str) -> float:
 
 def codec_gradients_rank(settings: dict[str, Any]) -> dict[str, Any]:
     """The job of one rank: how far the codecs move the gradient of one micro-batch, over all parameters."""
-    dist.init_process_group(dist.get_default_backend_for_device(_device()))
+    dist.init_process_group(dist.get_default_backend_for_device(device()))
     plain = _gradients(settings["model"], "none", "none")
     coded = _gradients(settings["model"], settings["dispatch"], settings["combine"])
     difference = torch.sqrt(
@@ -80,10 +81,6 @@ def codec_gradients_rank(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 def _gradients(folder: str, dispatch: str, combine: str) -> dict[str, Tensor]:
     """Whole gradients of one micro-batch of the standard library's text, which differs from rank to rank."""
     anabranch.enable(transport=TRANSPORT, dispatch_wire=dispatch, combine_wire=combine)
@@ -91,7 +88,7 @@ def _gradients(folder: str, dispatch: str, combine: str) -> dict[str, Tensor]:
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=sharding)
     text = inspect.getsource((heapq, textwrap)[dist.get_rank() % 2])
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][:, :TOKENS].to(
-        _device()
+        device()
     )
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return {

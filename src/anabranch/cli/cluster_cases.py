@@ -49,11 +49,11 @@ class ClusterCases:
             made.append(routing_ids(workload, **sizes, max_mean=wanted, step=step, seed=layer + 1))
         return made
 
-    def counts(self, workload: str, step: int) -> list[IntArray]:
-        """int64 (R, E) for each layer of one micro-batch."""
+    def counts(self, ids: list[list[IntArray]]) -> list[IntArray]:
+        """int64 (R, E) for each layer of the micro-batch whose `ids` these are."""
         return [
             np.stack([np.bincount(ids_SK.ravel(), minlength=self.experts) for ids_SK in by_rank])
-            for by_rank in self.ids(workload, step)
+            for by_rank in ids
         ]
 
     def max_mean_of(self, counts: list[IntArray]) -> float:

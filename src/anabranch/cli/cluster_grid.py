@@ -124,8 +124,15 @@ def measure(
             yield Measured(rows, explained)
 
 
+def cases_of_model(tokens: int, max_mean: float, trace: Path) -> ClusterCases:
+    """What MODEL is routed; each lab sets its ranks."""
+    config: Any = presets()[MODEL].config
+    experts, top_k, layers = config.num_experts, config.num_experts_per_tok, config.num_hidden_layers
+    return ClusterCases(1, experts, top_k, tokens, layers, max_mean, str(trace))
+
+
 def write_model(folder: Path) -> None:
-    """Initial weights of the preset tiny: every policy and every lab starts from them."""
+    """Initial weights of MODEL: every policy and every lab starts from them."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(presets()[MODEL].config).save_pretrained(folder)
 

@@ -4,7 +4,6 @@ Shape suffixes: S tokens of this rank, K experts a token, D hidden size, E exper
 """
 
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -106,10 +105,3 @@ class _Echo(nn.Module):
     def forward(self, home: list[Tensor], x_SD: Tensor, ids_SK: Tensor, weights_SK: Tensor) -> Tensor:
         # Every parameter has a gradient, as under any policy: the sharding waits for it.
         return x_SD * weights_SK.sum(dim=1, keepdim=True) + 0.0 * sum(p.reshape(-1)[0] for p in home)
-
-
-def slowest(values: Callable[[], float]) -> float:
-    """The largest over ranks."""
-    most = torch.tensor([values()], dtype=torch.float64)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return float(most)

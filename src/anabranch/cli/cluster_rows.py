@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from anabranch.cli.cluster_cases import PAST, ClusterCases
+from anabranch.cli.cluster_cases import ClusterCases
 from anabranch.cli.cluster_model import Timed
 from anabranch.experts.adaptive import Observation
 from anabranch.placement.base import Homes, IntArray, max_over_mean
@@ -42,7 +42,7 @@ class Run:
 def policies(exchanges: Sequence[Exchange]) -> list[Policy]:
     """Everything compared: fixed planners over the exchange with the fewest rows, two of them over plain
     all_to_all and in two chunks, one with int8 rows, our choice, and the ideal."""
-    best = next(e.transport for e in reversed(exchanges))
+    best = exchanges[-1].transport
     plain, single, chunked = Exchange("all_to_all"), Exchange(best), Exchange(best, 2)
     return [
         Policy(TRANSFORMERS, plain),
@@ -70,16 +70,18 @@ class Reporter(NamedTuple):
     row_bytes: int
     cpu: float | None
 
-    def row(self, workload: str, policy: Policy, runs: dict[Policy, Run]) -> dict[str, Any]:
-        """Collective: bytes are summed over ranks. Every rank returns the same."""
+    def row(
+        self, workload: str, policy: Policy, runs: dict[Policy, Run], counts: list[list[IntArray]]
+    ) -> dict[str, Any]:
+        """counts: of each round, of each layer. Collective: bytes are summed over ranks, which all return the same."""
         run = runs[policy]
         return {
             "workload": workload,
             "policy": policy.name,
             **self._what(policy, run),
-            **self._balance(workload, policy, run),
+            **self._balance(policy, run, counts),
             **self._times(policy, runs),
-            **self._bytes(workload, policy, run),
+            **self._bytes(policy, run, counts),
             **self._ranks(run),
             "predicted_ms": round(float(np.median(run.predicted_ms)), 1) if policy.codec == "none" else None,
         }
@@ -98,9 +100,9 @@ class Reporter(NamedTuple):
             "chosen": chosen if policy.exchange is None else "",
         }
 
-    def _balance(self, workload: str, policy: Policy, run: Run) -> dict[str, Any]:
+    def _balance(self, policy: Policy, run: Run, counts: list[list[IntArray]]) -> dict[str, Any]:
         rounds = len(run.timed)
-        before = [self.cases.max_mean_of(self.cases.counts(workload, PAST + turn)) for turn in range(rounds)]
+        before = [self.cases.max_mean_of(of_layers) for of_layers in counts]
         plans = [o.plan for seen in run.seen for o in seen]
         after = [max_over_mean(plan.rows_R) for plan in plans] or before
         return {
@@ -127,11 +129,11 @@ class Reporter(NamedTuple):
             "percent_of_ideal": round(100 * ratio[IDEAL], 2),
         }
 
-    def _bytes(self, workload: str, policy: Policy, run: Run) -> dict[str, Any]:
+    def _bytes(self, policy: Policy, run: Run, counts: list[list[IntArray]]) -> dict[str, Any]:
         """Bytes of all ranks in one step, mean over rounds, between nodes and inside them."""
         rounds = len(run.timed)
         if policy.name == TRANSFORMERS:
-            steps = [self._pair_bytes(self.cases.counts(workload, PAST + turn)) for turn in range(rounds)]
+            steps = [self._pair_bytes(of_layers) for of_layers in counts]
             inter, intra = np.mean(steps, axis=0).astype(int).tolist()
         else:
             moved = [(*o.tokens, *o.weights) for seen in run.seen for o in seen]

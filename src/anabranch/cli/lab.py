@@ -1,6 +1,5 @@
 """`anabranch lab run`, `anabranch lab check` and `anabranch lab clean`."""
 
-import json
 import os
 import shutil
 import signal
@@ -13,16 +12,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from anabranch.cli.bench import machine
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.process import say, under_torchrun
+from anabranch.cli.results import require_json_file, write_results
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lab.check import Finding, check
 from anabranch.lab.cluster import Lab
 from anabranch.lab.kernel import available, has_netem
 from anabranch.lab.ownership import clean
 from anabranch.lab.spec import LabSpec, parse_rate
-from anabranch.training.folder import require_folder
 
 lab = typer.Typer(help="An emulated cluster: several nodes on this machine, as root.", no_args_is_help=True)
 
@@ -69,18 +67,12 @@ def check_command(
 ) -> None:
     """Set a cluster up, and measure every link and every quota of it: what was set, what is delivered."""
     spec = _spec(nodes, ranks_per_node, inter, intra, cpu)
-    if json_file is not None:
-        require_folder("json", json_file.absolute().parent)
-        if json_file.is_dir():
-            raise ConfigError(f"{json_file} is a folder; name a file", setting="json")
+    require_json_file(json_file)
     with _ending_in_order(), Lab(spec) as cluster:
         findings = list(check(cluster))
     netem = has_netem()
-    if json_file is not None:
-        about = {**machine(), "lab": str(spec), "kernel_has_netem": netem}
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        rows = [finding._asdict() for finding in findings]
-        json_file.write_text(json.dumps({"machine": about, "rows": rows}, indent=1))
+    rows = [finding._asdict() for finding in findings]
+    write_results(json_file, rows, {"lab": str(spec), "kernel_has_netem": netem})
     Console(width=None if os.isatty(1) else 120).print(_table(findings))
     typer.echo(f"Delay: not offered; this kernel {'has' if netem else 'has no'} netem.")
 

@@ -3,6 +3,7 @@
 import logging
 import os
 
+import torch
 import typer
 from transformers.utils import logging as transformers_logging
 
@@ -28,3 +29,8 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
+def device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

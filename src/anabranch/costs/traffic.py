@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anabranch.errors import ConfigError
+from anabranch.placement.assign import GuestRows, guest_rows
 from anabranch.placement.base import IntArray, Plan
 from anabranch.placement.nodes import Nodes
 from anabranch.telemetry.samples import INTER, INTRA
@@ -44,24 +45,8 @@ class Flow:
         self.tokens_R = plan.counts_RE.sum(axis=1) / top_k
 
     @cached_property
-    def sent_RRG(self) -> IntArray:
-        """Rows of the experts with guests that rank s sends to rank d: `assign.send_RE` for all ranks at once."""
-        counts_RG, quota_RG = self.plan.counts_RE[:, self._expert_G], self.plan.quota_RE[:, self._expert_G]
-        local_RG = np.minimum(counts_RG, quota_RG)
-        supply_RG, demand_RG = counts_RG - local_RG, quota_RG - local_RG
-        supply_end_RG, demand_end_RG = supply_RG.cumsum(axis=0), demand_RG.cumsum(axis=0)
-        end_RRG = np.minimum(supply_end_RG[:, None], demand_end_RG[None])
-        start_RRG = np.maximum((supply_end_RG - supply_RG)[:, None], (demand_end_RG - demand_RG)[None])
-        sent_RRG = np.maximum(end_RRG - start_RRG, 0)
-        ranks = np.arange(self.nodes.ranks)
-        sent_RRG[ranks, ranks] += local_RG
-        return sent_RRG
-
-    @cached_property
-    def _expert_G(self) -> IntArray:
-        homes = self.plan.homes
-        kept_E = self.plan.quota_RE[homes.rank_E, np.arange(homes.experts)]
-        return np.flatnonzero(kept_E < self.plan.counts_RE.sum(axis=0))
+    def _guests(self) -> GuestRows:
+        return guest_rows(self.plan)
 
     @cached_property
     def rows_RR(self) -> FloatArray:
@@ -85,9 +70,9 @@ class Flow:
     def _sum_and_most(self, place_R: IntArray, places: int) -> tuple[FloatArray, FloatArray]:
         """Rows of each source at each place that ranks map to: of all experts, and the most of any one expert."""
         counts_RE, home_E = self.plan.counts_RE, self.plan.homes.rank_E
-        if self._expert_G.size:
+        if self._guests.expert_G.size:
             counts_RE = counts_RE.copy()
-            counts_RE[:, self._expert_G] = 0
+            counts_RE[:, self._guests.expert_G] = 0
         order_E = np.argsort(place_R[home_E], kind="stable")
         # Only places that own an expert: reduceat cannot sum nothing.
         held_X, first_X = np.unique(place_R[home_E[order_E]], return_index=True)
@@ -95,8 +80,8 @@ class Flow:
         sorted_RE = counts_RE[:, order_E]
         sum_RX[:, held_X] = np.add.reduceat(sorted_RE, first_X, axis=1)
         most_RX[:, held_X] = np.maximum.reduceat(sorted_RE, first_X, axis=1)
-        if self._expert_G.size:
-            sent_RRG = self.sent_RRG
+        if self._guests.expert_G.size:
+            sent_RRG = self._guests.sent_RRG
             if places < place_R.size:
                 at_RX = place_R[:, None] == np.arange(places)
                 sent_RRG = np.einsum("sdg,dx->sxg", sent_RRG, at_RX.astype(np.int64))

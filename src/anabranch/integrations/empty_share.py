@@ -41,7 +41,7 @@ def _taking_empty_shares(convert: Convert) -> Convert:
         self.collected_tensors.clear()
         return dict(zip(names, shares, strict=True))
 
-    convert_or_empty.takes_empty_shares = True  # type: ignore[attr-defined]
+    convert_or_empty.takes_empty_shares = True  # type: ignore[attr-defined] - a mark on a function
     return convert_or_empty
 
 

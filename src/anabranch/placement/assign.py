@@ -58,6 +58,27 @@ def recv_RE(plan: Plan, rank: int) -> IntArray:
     return received_RE
 
 
+class GuestRows(NamedTuple):
+    """Rows of the G experts with guests. sent_RRG: what rank s sends to rank d, its own included."""
+
+    expert_G: IntArray
+    sent_RRG: IntArray
+
+
+def guest_rows(plan: Plan) -> GuestRows:
+    """`send_RE` of all ranks at once, for the experts with guests alone: the others go whole to their homes."""
+    rulers = _rulers(plan)
+    sent_RRG = _overlap(
+        rulers.supply_start_RG[:, None],
+        rulers.supply_end_RG[:, None],
+        rulers.demand_start_RG,
+        rulers.demand_end_RG,
+    )
+    ranks = np.arange(plan.homes.ranks)
+    sent_RRG[ranks, ranks] += rulers.local_RG
+    return GuestRows(rulers.expert_G, sent_RRG)
+
+
 def _rulers(plan: Plan) -> _Rulers:
     home_rows_E = plan.quota_RE[plan.homes.rank_E, np.arange(plan.homes.experts)]
     expert_G = np.flatnonzero(home_rows_E < plan.counts_RE.sum(axis=0))
@@ -76,5 +97,5 @@ def _rulers(plan: Plan) -> _Rulers:
 
 
 def _overlap(start_G: IntArray, end_G: IntArray, start_RG: IntArray, end_RG: IntArray) -> IntArray:
-    """Length of the common part of one stretch and each of R others, per expert."""
+    """Length of the common part of stretches and each of R others, per expert."""
     return np.maximum(np.minimum(end_G, end_RG) - np.maximum(start_G, start_RG), 0)

@@ -9,9 +9,9 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from anabranch.placement.assign import recv_RE, send_RE
+from anabranch.placement.assign import recv_RE
 from anabranch.placement.base import Plan
-from anabranch.transport.base import Arrived, Hop, Route, Seats, Transport, slots_of
+from anabranch.transport.base import Arrived, Hop, Route, Seats, Transport, outgoing, slots_of
 from anabranch.transport.flight import Flight
 from anabranch.transport.rows import permute, spread, weigh
 from anabranch.transport.segments import expert_order, inverse_order, segment_index, starts
@@ -33,14 +33,7 @@ class AllToAll(Transport):
 
     def route(self, plan: Plan, seats: Seats, ids_SK: Tensor, chunks: int = 1) -> tuple[Route, ...]:
         device = ids_SK.device
-        ranks = np.arange(self.ranks)
-        send_by_expert_RE = send_RE(plan, self.rank)
-        # A source hands its rows of an expert to the destinations in rank order.
-        first_RE = (
-            starts(plan.counts_RE[self.rank]) + np.cumsum(send_by_expert_RE, axis=0) - send_by_expert_RE
-        )
-        send_RJ = seats.per_slot(send_by_expert_RE, ranks)
-        start_RJ = seats.per_slot(first_RE, ranks)
+        start_RJ, send_RJ = outgoing(plan, seats, self.rank)
         order_P = expert_order(ids_SK.reshape(-1))[segment_index(start_RJ.ravel(), send_RJ.ravel(), device)]
 
         recv_SJ = seats.per_slot(recv_RE(plan, self.rank), np.full(self.ranks, self.rank))

@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anabranch.placement.assign import send_RE
 from anabranch.placement.base import IntArray, Plan
 from anabranch.transport.codecs.base import Codec
 from anabranch.transport.codecs.choose import check_codec, make_codec
 from anabranch.transport.domain import Domain
+from anabranch.transport.segments import starts
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,13 @@ class Slots(NamedTuple):
     ends_J: Tensor
     slot_N: Tensor
     home_rows: int
+
+
+class Outgoing(NamedTuple):
+    """int64 (R, J) each: the first row of every seat's stretch, and its rows."""
+
+    start_RJ: IntArray
+    rows_RJ: IntArray
 
 
 class Arrived(NamedTuple):
@@ -160,6 +169,15 @@ class Transport(ABC):
         """Rows this rank sends to each rank of the group, by the class of the link; its own stay."""
         near_R = self.domain.nodes.node_R == self.domain.nodes.node_R[self.rank]
         return Sent(int(rows_R[near_R].sum() - rows_R[self.rank]), int(rows_R[~near_R].sum()))
+
+
+def outgoing(plan: Plan, seats: Seats, rank: int) -> Outgoing:
+    """Where the rows of `rank` go: sorted by expert, they fall into one stretch for each seat."""
+    sent_RE = send_RE(plan, rank)
+    # A source hands its rows of an expert to the destinations in rank order.
+    first_RE = starts(plan.counts_RE[rank]) + np.cumsum(sent_RE, axis=0) - sent_RE
+    ranks = np.arange(plan.homes.ranks)
+    return Outgoing(seats.per_slot(first_RE, ranks), seats.per_slot(sent_RE, ranks))
 
 
 def slots_of(rows_J: IntArray, homes: int, device: torch.device) -> Slots:

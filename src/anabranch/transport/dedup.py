@@ -12,15 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anabranch.placement.assign import recv_RE, send_RE
+from anabranch.placement.assign import recv_RE
 from anabranch.placement.base import IntArray, Plan
-from anabranch.transport.base import Arrived, Hop, Route, Seats, Sent, Slots, Transport, Wires, slots_of
+from anabranch.transport.base import (
+    Arrived,
+    Hop,
+    Route,
+    Seats,
+    Sent,
+    Slots,
+    Transport,
+    Wires,
+    outgoing,
+    slots_of,
+)
 from anabranch.transport.codecs.base import Codec
 from anabranch.transport.domain import Domain
 from anabranch.transport.lanes import Lanes
 from anabranch.transport.leg import Leg, make_legs
 from anabranch.transport.rows import fan_in
-from anabranch.transport.segments import expert_order, segment_index, starts
+from anabranch.transport.segments import expert_order, segment_index
 
 
 class Stage(NamedTuple):
@@ -132,14 +143,11 @@ class Dedup(Transport):
 
 def seat_codes(plan: Plan, seats: Seats, rank: int, ids_SK: Tensor) -> Tensor:
     """int32 (S, K): rank * J + slot of the seat that computes each choice of `rank`'s tokens."""
-    send_by_expert_RE = send_RE(plan, rank)
-    # A source hands its rows of an expert to the destinations in rank order.
-    first_RE = starts(plan.counts_RE[rank]) + np.cumsum(send_by_expert_RE, axis=0) - send_by_expert_RE
-    ranks = np.arange(plan.homes.ranks)
-    send_RJ, start_RJ = (seats.per_slot(a, ranks) for a in (send_by_expert_RE, first_RE))
-    place_P = segment_index(start_RJ.ravel(), send_RJ.ravel(), ids_SK.device)
-    order_P = expert_order(ids_SK.reshape(-1))[place_P]
-    seat_P = torch.from_numpy(np.repeat(np.arange(send_RJ.size, dtype=np.int32), send_RJ.ravel()))
+    start_RJ, rows_RJ = outgoing(plan, seats, rank)
+    order_P = expert_order(ids_SK.reshape(-1))[
+        segment_index(start_RJ.ravel(), rows_RJ.ravel(), ids_SK.device)
+    ]
+    seat_P = torch.from_numpy(np.repeat(np.arange(rows_RJ.size, dtype=np.int32), rows_RJ.ravel()))
     seat_P = seat_P.to(ids_SK.device)
     return torch.empty_like(seat_P).scatter_(0, order_P, seat_P).view(ids_SK.shape)
 

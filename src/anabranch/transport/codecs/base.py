@@ -67,8 +67,7 @@ class BlockScaled(Codec):
         scale_NG = scale.contiguous().view(torch.float32)
         x_ND = bytes_ND.contiguous().view(self.byte_type).float()
         x_NGB = pad(x_ND, (0, blocks * BLOCK - hidden)).view(-1, blocks, BLOCK)
-        x_NGB = x_NGB.mul_(scale_NG.unsqueeze(-1)) if hidden % BLOCK else x_NGB * scale_NG.unsqueeze(-1)
-        return x_NGB.view(-1, blocks * BLOCK)[:, :hidden].to(dtype).contiguous()
+        return x_NGB.mul_(scale_NG.unsqueeze(-1)).view(-1, blocks * BLOCK)[:, :hidden].to(dtype).contiguous()
 
 
 def _blocks(hidden: int) -> int:

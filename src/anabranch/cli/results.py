@@ -1,0 +1,45 @@
+"""What a measuring command leaves: a JSON file of {machine, rows, ...}, and where it was measured."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from anabranch.errors import ConfigError
+from anabranch.training.folder import require_folder
+
+
+def require_json_file(json_file: Path | None) -> None:
+    """Raise ConfigError where `--json` cannot be written: minutes of figures are not lost for want of a folder."""
+    if json_file is not None:
+        require_folder("json", json_file.absolute().parent)
+        if json_file.is_dir():
+            raise ConfigError(f"{json_file} is a folder; name a file", setting="json")
+
+
+def write_results(
+    json_file: Path | None, rows: list[dict[str, Any]], about: dict[str, Any] | None = None, **more: Any
+) -> None:
+    """Write {machine, rows, ...}; nothing without a file. about: what else to say of where it was measured."""
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(
+            json.dumps({"machine": {**machine(), **(about or {})}, "rows": rows, **more}, indent=1)
+        )
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures were measured."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if "model name" in line)
+    model = next(names, platform.processor())
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "numpy")},
+    }
