@@ -35,6 +35,7 @@ import torch.distributed as dist, torch
 dist.init_process_group("gloo")
 dist.broadcast(torch.zeros(1 << 20), 0)
 dist.barrier()
+dist.destroy_process_group()  # else gloo's threads may object to the interpreter's end
 """
 
 
