@@ -31,6 +31,9 @@ def test_every_workload_routes_its_tokens_to_distinct_experts(workload):
                 assert ids_SK.shape[1] == 8
                 assert (np.diff(np.sort(ids_SK, axis=1), axis=1) > 0).all()
             assert counts_RE.sum() == 4 * 64 * 8
+        # A rank has one number of tokens in a micro-batch, whatever the layer.
+        sizes = [[len(ids_SK) for ids_SK in by_rank] for by_rank in layers]
+        assert all(of_layer == sizes[0] for of_layer in sizes)
 
 
 def test_stress_is_as_skewed_as_asked_and_layers_differ():

@@ -13,6 +13,8 @@ from anabranch.workload.routing import WORKLOADS, reachable_max_mean, routing_id
 from anabranch.workload.trace import load_trace
 
 NATURAL = "natural"
+# Its source ranks differ in tokens, and a rank has the same tokens in every layer.
+RAGGED = "W4"
 # Micro-batches before the first measured one: a policy that looks back has a past to look at.
 PAST = 32
 
@@ -38,15 +40,16 @@ class ClusterCases:
 
     def ids(self, workload: str, step: int) -> list[list[IntArray]]:
         """Top-k ids of one micro-batch: for each layer, one int64 (S, K) a rank. Each layer has hot experts of its
-        own; `step` is the micro-batch, so that rotating loads rotate and bursts come and go."""
+        own, but in W4; `step` is the micro-batch, so that rotating loads rotate and bursts come and go."""
         if workload == NATURAL:
             return self._natural(step)
         sizes = {"ranks": self.ranks, "experts": self.experts, "tokens": self.tokens, "top_k": self.top_k}
         made = []
         for layer in range(self.layers):
-            low, high = reachable_max_mean(workload, **sizes, step=step, seed=layer + 1)
+            seed = 1 if workload == RAGGED else layer + 1
+            low, high = reachable_max_mean(workload, **sizes, step=step, seed=seed)
             wanted = min(max(self.max_mean, low), high)
-            made.append(routing_ids(workload, **sizes, max_mean=wanted, step=step, seed=layer + 1))
+            made.append(routing_ids(workload, **sizes, max_mean=wanted, step=step, seed=seed))
         return made
 
     def counts(self, ids: list[list[IntArray]]) -> list[IntArray]:
