@@ -6,6 +6,7 @@
     ├── DataError                   training text is missing, unreadable or too small
     ├── CheckpointError             a checkpoint is of another model, another run, or incomplete
     ├── TraceError                  a routing trace is malformed
+    ├── BuildError                  native code cannot be compiled here
     └── RankError                   ranks disagree on configuration, or a rank died
 
 Mistakes of ours are plain `assert`s.
@@ -42,3 +43,7 @@ class TraceError(AnabranchError):
 
 class RankError(AnabranchError):
     """Ranks disagree on configuration, or a rank died."""
+
+
+class BuildError(AnabranchError):
+    """Native code cannot be compiled here."""

@@ -1,0 +1,1 @@
+"""Which request runs next, which pages of keys and values stay, when thinking stops."""

@@ -1,0 +1,72 @@
+"""A request and its chains: what is asked, and how far each sample of it has come."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from anabranch.errors import ConfigError
+from anabranch.scheduling.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, continued `samples` times. Raises ConfigError naming the setting that cannot work."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int = 256
+    samples: int = 1
+    sampling: Sampling = field(default_factory=Sampling)
+    # A chain ends after any of these tokens, which it keeps.
+    stop_tokens: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ConfigError("must hold at least one token", setting="prompt")
+        for name in ("max_new_tokens", "samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, not {getattr(self, name)}", setting=name)
+
+
+class End(Enum):
+    """Why a chain ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+@dataclass(eq=False)
+class Chain:
+    """One sample of a request: its tokens, and the pages that hold keys and values of the first `cached` of them.
+
+    A chain whose every token but the last is cached decodes; before that it is in prefill, also when its pages
+    were taken from it and it computes them once more.
+    """
+
+    request: Request
+    sample: int
+    arrival: int
+    tokens: list[int]
+    cached: int = 0
+    pages: list[int] = field(default_factory=list[int])
+    slot: int | None = None
+    # How often it has given a slot up: its pages of before are no longer its own.
+    left: int = 0
+    end: End | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose keys and values are not cached yet; 1 while decoding."""
+        return len(self.tokens) - self.cached
+
+    def append(self, token: int) -> None:
+        """Add a generated token, and end the chain where it stops or is full."""
+        self.tokens.append(token)
+        if token in self.request.stop_tokens:
+            self.end = End.STOP
+        elif self.new_tokens >= self.request.max_new_tokens:
+            self.end = End.LENGTH

@@ -1,0 +1,192 @@
+"""What each step computes: which chains hold a slot, and which of their tokens enter.
+
+A chain waits, gets a slot and pages, enters its prompt in chunks, then one token a step. When pages run out, the
+youngest chain gives its pages back and waits again; what it has generated is then computed once more.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from anabranch.errors import ConfigError
+from anabranch.scheduling.chain import Chain, End, Request
+from anabranch.scheduling.pages import PAGE, PagePool, pages_of
+from anabranch.scheduling.prefix import PrefixTree
+
+
+@dataclass(frozen=True)
+class Limits:
+    """slots: chains at once. chunk: prompt tokens a step, of all chains together. tokens: of a chain at most."""
+
+    slots: int = 32
+    chunk: int = 512
+    tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "chunk", "tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, not {getattr(self, name)}", setting=name)
+
+
+class Part(NamedTuple):
+    """Tokens of one chain that enter a step: so many after those cached. last: its logits are wanted."""
+
+    chain: Chain
+    tokens: int
+    last: bool
+
+
+@dataclass
+class Tally:
+    """Counts since the start. reused: prompt tokens found in the prefix tree."""
+
+    steps: int = 0
+    preempted: int = 0
+    reused: int = 0
+    prefilled: int = 0
+    decoded: int = 0
+
+
+class Scheduler:
+    """Decides; the engine computes what `plan` returns and tells the outcome by `done`."""
+
+    def __init__(self, limits: Limits, pool: PagePool) -> None:
+        self.limits, self.pool, self.tally = limits, pool, Tally()
+        self.prefixes = PrefixTree(pool)
+        self.waiting: deque[Chain] = deque()
+        self.running: list[Chain] = []
+        self._free_slots = list(range(limits.slots - 1, -1, -1))
+        self._arrivals = 0
+
+    def add(self, request: Request) -> list[Chain]:
+        """The request's chains, waiting. Raises ConfigError for a request that could never run."""
+        longest = len(request.prompt) + request.max_new_tokens
+        if longest > self.limits.tokens:
+            raise ConfigError(
+                f"prompt and new tokens make {longest}, more than the {self.limits.tokens} a chain may have",
+                setting="max_new_tokens",
+            )
+        if pages_of(longest) > self.pool.pages:
+            raise ConfigError(
+                f"a chain of {longest} tokens needs {pages_of(longest)} pages and there are {self.pool.pages}",
+                setting="kv_memory",
+            )
+        chains: list[Chain] = []
+        for sample in range(request.samples):
+            chains.append(Chain(request, sample, self._arrivals, list(request.prompt)))
+            self._arrivals += 1
+        self.waiting.extend(chains)
+        return chains
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self.waiting and not self.running
+
+    def plan(self) -> list[Part]:
+        """The next step's tokens: one of each decoding chain, and prompt tokens up to the chunk."""
+        self.tally.steps += 1
+        self._admit()
+        parts: list[Part] = []
+        budget = self.limits.chunk
+        for chain in sorted(self.running, key=lambda c: c.arrival):
+            if chain.slot is None:
+                continue  # preempted for an older one just now
+            count = min(chain.remaining, budget) if chain.remaining > 1 else 1
+            if count == 0 or not self._make_room(chain, count):
+                continue
+            budget -= count if chain.remaining > 1 else 0
+            parts.append(Part(chain, count, count == chain.remaining))
+        return parts
+
+    def done(self, parts: Iterable[Part], tokens: Iterable[int]) -> None:
+        """The parts are cached; `tokens` are the next tokens of those whose last was wanted, in order."""
+        following = iter(tokens)
+        for part in parts:
+            chain, prompt = part.chain, len(part.chain.request.prompt)
+            if part.last and part.tokens == 1:
+                self.tally.decoded += 1
+            else:
+                self.tally.prefilled += part.tokens
+            fresh = chain.cached < prompt <= chain.cached + part.tokens
+            chain.cached += part.tokens
+            if fresh:
+                full = prompt // PAGE
+                self.prefixes.insert(chain.tokens, chain.pages[:full])
+            if part.last:
+                chain.append(next(following))
+                if chain.end is not None:
+                    self._vacate(chain)
+
+    def cancel(self, chain: Chain) -> None:
+        """End the chain now, whatever it is doing; its pages are free at once."""
+        if chain.end is None:
+            chain.end = End.CANCELLED
+            if chain.slot is None:
+                self.waiting.remove(chain)
+            else:
+                self._vacate(chain)
+
+    def check(self) -> None:
+        """Assert that every held page is a running chain's or the prefix tree's."""
+        held: dict[int, int] = {}
+        for page in [*self.prefixes.pages, *(p for c in self.running for p in c.pages)]:
+            held[page] = held.get(page, 0) + 1
+        self.pool.check(held)
+
+    def _admit(self) -> None:
+        """Give slots to waiting chains, in order, while there are pages to begin with."""
+        while self.waiting and self._free_slots:
+            chain = self.waiting[0]
+            if self._prompt_under_way(chain):
+                return  # its pages are nearly there to share
+            # A token is left to compute even where all of the prompt is known: its logits are wanted.
+            chain.pages = self.prefixes.match(chain.tokens[: len(chain.tokens) - 1])
+            chain.cached = len(chain.pages) * PAGE
+            needed = pages_of(min(chain.cached + self.limits.chunk, len(chain.tokens))) - len(chain.pages)
+            # Half a page for each running chain: a step later it may need one.
+            if self.running and self._reachable() < needed + len(self.running) // 2:
+                self._drop_pages(chain)
+                return
+            self.tally.reused += chain.cached
+            self.waiting.popleft()
+            chain.slot = self._free_slots.pop()
+            self.running.append(chain)
+
+    def _prompt_under_way(self, chain: Chain) -> bool:
+        return any(c.request is chain.request and c.cached < len(c.request.prompt) for c in self.running)
+
+    def _reachable(self) -> int:
+        """Free pages, and those that the prefix tree alone holds."""
+        return self.pool.free + sum(self.pool.holders(p) == 1 for p in self.prefixes.pages)
+
+    def _make_room(self, chain: Chain, count: int) -> bool:
+        """Pages for so many more tokens, from the prefix tree or the youngest chain where none is free."""
+        needed = pages_of(chain.cached + count) - len(chain.pages)
+        while self.pool.free < needed:
+            if self.prefixes.forget(needed - self.pool.free):
+                continue
+            youngest = max(self.running, key=lambda c: c.arrival)
+            self._preempt(youngest)
+            if youngest is chain:
+                return False
+        chain.pages += [self.pool.take() for _ in range(needed)]
+        return True
+
+    def _preempt(self, chain: Chain) -> None:
+        self.tally.preempted += 1
+        self._vacate(chain)
+        self.waiting.appendleft(chain)
+
+    def _vacate(self, chain: Chain) -> None:
+        assert chain.slot is not None
+        self.running.remove(chain)
+        self._free_slots.append(chain.slot)
+        chain.slot, chain.left = None, chain.left + 1
+        self._drop_pages(chain)
+
+    def _drop_pages(self, chain: Chain) -> None:
+        for page in chain.pages:
+            self.pool.give_back(page)
+        chain.pages, chain.cached = [], 0

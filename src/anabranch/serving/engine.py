@@ -1,0 +1,261 @@
+"""The engine: requests in, chains out; the scheduler decides, a step computes, the sampler chooses.
+
+Shape suffixes as in serving/step/base.py.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from anabranch.errors import BuildError, ConfigError
+from anabranch.scheduling.chain import Chain, End, Request
+from anabranch.scheduling.pages import PAGE, PagePool, pages_of
+from anabranch.scheduling.scheduler import Limits, Part, Scheduler
+from anabranch.serving.decoder import read_decoder
+from anabranch.serving.pools import KvShape, allocate, first_page
+from anabranch.serving.sampler import sample
+from anabranch.serving.step.base import Rows, Step
+from anabranch.serving.step.native import NativeStep
+from anabranch.serving.step.torch_step import TorchStep
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STEPS = ("auto", "native", "torch")
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How a model is served. Raises ConfigError naming the setting."""
+
+    # Of weights and activations: "float32" or "bfloat16"; None for the model's own.
+    dtype: str | None = None
+    # Of cached keys and values: "float32", "bfloat16" or "int8"; None for `dtype`.
+    kv_dtype: str | None = None
+    # Memory for keys and values.
+    kv_memory_mib: int = 512
+    # Threads of the native step; None for the cores of this machine.
+    threads: int | None = None
+    # "native" (C++, on CPU), "torch" (transformers' modules), or "auto": native where it can.
+    step: str = "auto"
+    # Chains at once, prompt tokens a step, tokens of a chain.
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("dtype", self.dtype, (None, *DTYPES)), ("step", self.step, STEPS)):
+            if value not in known:
+                raise ConfigError(
+                    f"{value!r} is not known; choose of {', '.join(map(str, known))}", setting=name
+                )
+        if self.kv_dtype is not None:
+            first_page(self.kv_dtype)
+        if self.kv_memory_mib < 1:
+            raise ConfigError("must be at least 1", setting="kv_memory_mib")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError("must be at least 1", setting="threads")
+
+
+class Completion(NamedTuple):
+    """One finished sample. tokens: the new ones. logprobs: of each under the model, before any sampling setting."""
+
+    request: int
+    sample: int
+    tokens: list[int]
+    logprobs: list[float]
+    end: End
+
+
+class _Listed(NamedTuple):
+    """Whose pages a line of the table shows, of which stay, and how many."""
+
+    chain: Chain
+    left: int
+    pages: int
+
+
+class Engine:
+    """Serves one model in this process. Close it, or use it as a context, to give its memory back."""
+
+    def __init__(self, model: PreTrainedModel, settings: EngineSettings | None = None) -> None:
+        self.settings = settings or EngineSettings()
+        self.limits = self.settings.limits
+        self.why_not_native: str | None = None
+        dtype = self.settings.dtype or str(model.dtype).removeprefix("torch.")
+        kv_dtype = self.settings.kv_dtype or dtype
+        self.kv_shape = kv_shape_of(model)
+        pages = self.settings.kv_memory_mib * MIB // self.kv_shape.page_bytes(kv_dtype)
+        self.pools: dict[str, Tensor] = {kv_dtype: allocate(self.kv_shape, kv_dtype, max(pages, 1))}
+        self.scheduler = Scheduler(self.limits, PagePool(max(pages, 1), first_page(kv_dtype)))
+        # Pages are written in the step's own precision; where they are kept in another, they are rewritten once full.
+        self._open: PagePool | None = None
+        if kv_dtype != dtype:
+            open_pages = 2 * self.limits.slots + pages_of(self.limits.chunk)
+            self._open = PagePool(open_pages, first_page(dtype))
+            self.pools[dtype] = allocate(self.kv_shape, dtype, open_pages)
+        self._overlay: dict[int, dict[int, int]] = {}
+        self.step = self._step(model, dtype)
+        wide = pages_of(self.limits.tokens)
+        self._table_CP = np.zeros((self.limits.slots, wide), dtype=np.int32)
+        self._listed: list[_Listed | None] = [None] * self.limits.slots
+        self.logprobs: dict[Chain, list[float]] = {}
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give weights, threads and pages back."""
+        self.step.close()
+        self.pools.clear()
+
+    def submit(self, request: Request) -> list[Chain]:
+        """The request's chains, which `advance` brings on. Raises ConfigError for one that can never run."""
+        outside = [t for t in request.prompt if not 0 <= t < self.step.vocab]
+        if outside:
+            raise ConfigError(
+                f"token {outside[0]} is not in a vocabulary of {self.step.vocab}", setting="prompt"
+            )
+        chains = self.scheduler.add(request)
+        self.logprobs.update((chain, []) for chain in chains)
+        return chains
+
+    def cancel(self, chain: Chain) -> None:
+        """End a chain; its pages are free at once."""
+        self.scheduler.cancel(chain)
+
+    def advance(self) -> list[Chain]:
+        """One step. Returns the chains that got a token."""
+        parts = self.scheduler.plan()
+        self._release_overlays()
+        if not parts:
+            return []
+        outputs = self.step.run(self._rows(parts))
+        got = [part.chain for part in parts if part.last]
+        tokens = sample(outputs.logits_WV, outputs.best_W, got)
+        if tokens:
+            at = torch.tensor(tokens, device=outputs.logits_WV.device)
+            chosen = outputs.logits_WV.gather(1, at[:, None])[:, 0].cpu().numpy() - outputs.log_total_W
+            for chain, logprob in zip(got, chosen.tolist(), strict=True):
+                self.logprobs[chain].append(logprob)
+        self._close_pages(parts)
+        self.scheduler.done(parts, tokens)
+        return got
+
+    def generate(
+        self, requests: Sequence[Request], each: Callable[[Completion], None] | None = None
+    ) -> list[Completion]:
+        """Run all requests to their ends. Completions come in the order of requests and samples; `each` is called
+        as one is done."""
+        numbered = {chain: i for i, request in enumerate(requests) for chain in self.submit(request)}
+        done: dict[Chain, Completion] = {}
+        while len(done) < len(numbered):
+            for chain in self.advance():
+                if chain.end is not None and chain in numbered:
+                    done[chain] = self.completion(chain, numbered[chain])
+                    if each is not None:
+                        each(done[chain])
+        return [done[chain] for chain in numbered]
+
+    def completion(self, chain: Chain, number: int = 0) -> Completion:
+        """What an ended chain has become; the engine then forgets it."""
+        assert chain.end is not None
+        new = chain.tokens[len(chain.request.prompt) :]
+        return Completion(number, chain.sample, new, self.logprobs.pop(chain), chain.end)
+
+    def check(self) -> None:
+        """Assert that no page has leaked."""
+        self.scheduler.check()
+        if self._open is not None:
+            self._open.check({page: 1 for mine in self._overlay.values() for page in mine.values()})
+
+    def _step(self, model: PreTrainedModel, dtype: str) -> Step:
+        wants = self.settings.step
+        if wants != "torch" and (wants == "native" or model.device.type == "cpu"):
+            try:
+                threads = self.settings.threads or os.cpu_count() or 1
+                decoder = read_decoder(model)
+                return NativeStep(decoder, DTYPES[dtype], self.pools, self.limits.tokens, threads)
+            except (ConfigError, BuildError) as error:
+                if wants == "native":
+                    raise
+                self.why_not_native = str(error)
+        if model.dtype != DTYPES[dtype]:
+            raise ConfigError(f"the torch step runs the model as it is, {model.dtype}", setting="dtype")
+        return TorchStep(model, self.kv_shape, self.pools)
+
+    def _rows(self, parts: Iterable[Part]) -> Rows:
+        tokens, positions, chains, want = [], [], [], []
+        one_each = True
+        for chain, count, last in parts:
+            slot, cached = chain.slot, chain.cached
+            assert slot is not None
+            self._list_pages(chain, slot, count)
+            if count == 1:
+                tokens.append(chain.tokens[cached])
+                positions.append(cached)
+                chains.append(slot)
+            else:
+                one_each = False
+                tokens += chain.tokens[cached : cached + count]
+                positions += range(cached, cached + count)
+                chains += [slot] * count
+            if last:
+                want.append(len(tokens) - 1)
+        position_T = np.array(positions, dtype=np.int32)
+        return Rows(
+            np.array(tokens, dtype=np.int32), position_T, position_T + 1, np.array(chains, dtype=np.int32),
+            self._table_CP, np.array(want, dtype=np.int32), one_each,
+        )  # fmt: skip
+
+    def _list_pages(self, chain: Chain, slot: int, count: int) -> None:
+        """Bring the slot's line of the table up to date; tokens that enter go to open pages where there are such."""
+        listed = _Listed(chain, chain.left, len(chain.pages))
+        if self._listed[slot] != listed:
+            self._table_CP[slot, : len(chain.pages)] = chain.pages
+            self._listed[slot] = listed
+            for index, page in self._overlay.get(slot, {}).items():
+                self._table_CP[slot, index] = page
+        if self._open is not None:
+            mine = self._overlay.setdefault(slot, {})
+            for index in range(chain.cached // PAGE, (chain.cached + count - 1) // PAGE + 1):
+                if index not in mine:
+                    mine[index] = self._table_CP[slot, index] = self._open.take()
+
+    def _close_pages(self, parts: Iterable[Part]) -> None:
+        """Rewrite open pages that are now full in the format in which they are kept."""
+        if self._open is None:
+            return
+        for chain, count, _ in parts:
+            assert chain.slot is not None
+            mine, full = self._overlay[chain.slot], (chain.cached + count) // PAGE
+            for index in [i for i in mine if i < full]:
+                assert isinstance(self.step, NativeStep)
+                self.step.quantise(mine[index], chain.pages[index])
+                self._table_CP[chain.slot, index] = chain.pages[index]
+                self._open.give_back(mine.pop(index))
+
+    def _release_overlays(self) -> None:
+        """Open pages of slots whose chain has left."""
+        if self._open is None:
+            return
+        holders = {chain.slot: (chain, chain.left) for chain in self.scheduler.running}
+        for slot in list(self._overlay):
+            listed = self._listed[slot]
+            if listed is None or (listed.chain, listed.left) != holders.get(slot):
+                for page in self._overlay.pop(slot).values():
+                    self._open.give_back(page)
+
+
+def kv_shape_of(model: PreTrainedModel) -> KvShape:
+    """Sizes of the model's cached keys and values, by its configuration."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return KvShape(config.num_hidden_layers, heads, dim)

@@ -1,0 +1,1 @@
+"""One decoder step as one C++ call."""

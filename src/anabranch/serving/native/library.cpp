@@ -1,0 +1,71 @@
+// The functions Python calls. None of them throws: sizes are checked there.
+#include <memory>
+
+#include "step.h"
+
+namespace {
+
+using namespace anabranch;
+
+struct Handle {
+    Handle(const AnabranchModel& model, int threads) : team(threads) {
+        if (model.bf16_weights)
+            narrow = std::make_unique<Step<BF16>>(model, team);
+        else
+            wide = std::make_unique<Step<F32>>(model, team);
+    }
+    Team team;
+    std::unique_ptr<Step<F32>> wide;
+    std::unique_ptr<Step<BF16>> narrow;
+};
+
+// Symmetric int8 of a page: keys with one scale a channel, values with one a token.
+template <class T>
+void quantise_head(const T* keys, int8_t* to, int dim) {
+    const T* values = keys + int64_t{PAGE} * dim;
+    int8_t* values_to = to + int64_t{PAGE} * dim;
+    float* key_scale = reinterpret_cast<float*>(to + 2 * int64_t{PAGE} * dim);
+    float* value_scale = key_scale + dim;
+    const auto line = [](const T* from, int8_t* out, int n) {
+        float most = 0.0f;
+        for (int i = 0; i < n; ++i) most = std::max(most, std::fabs(widen(from[i])));
+        const float scale = most / 127.0f, inverse = most > 0.0f ? 127.0f / most : 0.0f;
+        for (int i = 0; i < n; ++i) out[i] = static_cast<int8_t>(std::lrint(widen(from[i]) * inverse));
+        return scale;
+    };
+    for (int d = 0; d < dim; ++d) key_scale[d] = line(keys + d * PAGE, to + d * PAGE, PAGE);
+    for (int t = 0; t < PAGE; ++t) value_scale[t] = line(values + t * dim, values_to + t * dim, dim);
+}
+
+}  // namespace
+
+extern "C" {
+
+void* anabranch_open(const AnabranchModel* model, int threads) { return new Handle(*model, threads); }
+
+void anabranch_close(void* handle) { delete static_cast<Handle*>(handle); }
+
+void anabranch_step(void* handle, const AnabranchRows* rows) {
+    auto* open = static_cast<Handle*>(handle);
+    open->wide ? open->wide->run(*rows) : open->narrow->run(*rows);
+}
+
+int64_t anabranch_page_bytes(int layers, int heads, int dim, int format) {
+    return PageShape{layers, heads, dim}.page_bytes(static_cast<Format>(format));
+}
+
+// Rewrites a full fp32 or bf16 page as an int8 page.
+void anabranch_quantise(uint8_t* const* pools, int layers, int heads, int dim, int32_t from, int32_t to) {
+    const PageShape shape{layers, heads, dim};
+    const Pools all{{pools[0], pools[1], pools[2]}};
+    for (int l = 0; l < layers; ++l)
+        for (int h = 0; h < heads; ++h) {
+            const uint8_t* page = all.head(shape, from, l, h);
+            auto* out = reinterpret_cast<int8_t*>(all.head(shape, to, l, h));
+            if (from >> FORMAT_SHIFT == KV_F32)
+                quantise_head(reinterpret_cast<const float*>(page), out, dim);
+            else
+                quantise_head(reinterpret_cast<const bf16*>(page), out, dim);
+        }
+}
+}

@@ -1,0 +1,58 @@
+"""The C++ library's functions and structures, as model.h and library.cpp declare them."""
+
+import ctypes
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+
+from anabranch.serving.native.build import build
+
+
+class Layer(ctypes.Structure):
+    """`AnabranchLayer`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in (
+            "attention_norm", "mlp_norm", "q_norm", "k_norm", "qkv", "qkv_bias", "out", "out_bias", "router", "gate_up",
+            "down", "shared_gate_up", "shared_down", "shared_gate",
+        )),
+        *((name, c_int32) for name in ("experts", "top_k", "width", "shared_width")),
+    )  # fmt: skip
+
+
+class Model(ctypes.Structure):
+    """`AnabranchModel`."""
+
+    _fields_ = (
+        *((name, c_int32) for name in (
+            "bf16_weights", "layers", "hidden", "heads", "kv_heads", "head_dim", "vocab", "rotary_dim",
+            "normalise_top_k", "qk_norm_all",
+        )),
+        ("eps", c_float),
+        *((name, c_void_p) for name in ("embedding", "final_norm", "head", "cosines", "sines")),
+        ("layer", POINTER(Layer)),
+    )  # fmt: skip
+
+
+class Rows(ctypes.Structure):
+    """`AnabranchRows`."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("rows", "wanted", "one_each", "table_stride")),
+        *((name, c_void_p) for name in ("token", "position", "length", "chain", "table", "want")),
+        ("pool", c_void_p * 3),
+        *((name, c_void_p) for name in ("logits", "best", "log_total", "routed", "mass")),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The library of this machine, with typed functions. Raises BuildError."""
+    made = build()
+    made.anabranch_open.argtypes, made.anabranch_open.restype = [POINTER(Model), c_int], c_void_p
+    made.anabranch_close.argtypes, made.anabranch_close.restype = [c_void_p], None
+    made.anabranch_step.argtypes, made.anabranch_step.restype = [c_void_p, POINTER(Rows)], None
+    made.anabranch_page_bytes.argtypes = [c_int, c_int, c_int, c_int]
+    made.anabranch_page_bytes.restype = c_int64
+    made.anabranch_quantise.argtypes = [POINTER(c_void_p), c_int, c_int, c_int, c_int32, c_int32]
+    made.anabranch_quantise.restype = None
+    return made

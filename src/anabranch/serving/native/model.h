@@ -1,0 +1,58 @@
+// What Python hands over, field by field as in serving/native/library.py. Pointers stay Python's.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+// One decoder layer. Matrices are packed as matrix.h says; experts lie one after the other.
+struct AnabranchLayer {
+    const float* attention_norm;
+    const float* mlp_norm;
+    const float* q_norm;    // null where queries and keys are not normalised
+    const float* k_norm;
+    const void* qkv;
+    const float* qkv_bias;  // null where there is none
+    const void* out;
+    const float* out_bias;
+    const float* router;    // fp32, packed; null for a dense layer, which is one expert for all
+    const void* gate_up;    // blocks of 32 gates and their 32 ups
+    const void* down;
+    const void* shared_gate_up;
+    const void* shared_down;
+    const float* shared_gate;
+    int32_t experts, top_k, width;  // width: padded to 32
+    int32_t shared_width;           // 0 where no expert is shared
+};
+
+struct AnabranchModel {
+    int32_t bf16_weights;
+    int32_t layers, hidden, heads, kv_heads, head_dim, vocab;
+    int32_t rotary_dim, normalise_top_k, qk_norm_all;  // qk_norm_all: over all heads at once
+    float eps;
+    const void* embedding;  // [vocab][hidden]
+    const float* final_norm;
+    const void* head;
+    const float* cosines;   // [positions][rotary_dim / 2]
+    const float* sines;
+    const AnabranchLayer* layer;
+};
+
+// The tokens of one step, a row each, rows of a chain in order.
+struct AnabranchRows {
+    int32_t rows, wanted;
+    int32_t one_each;         // no two rows are of one chain
+    int32_t table_stride;
+    const int32_t* token;     // [rows]
+    const int32_t* position;  // [rows] of the rotary embedding
+    const int32_t* length;    // [rows] cached tokens the row attends to, itself the last
+    const int32_t* chain;     // [rows] its line of `table`
+    const int32_t* table;     // [chains][table_stride] page numbers
+    const int32_t* want;      // [wanted] rows whose logits are wanted
+    uint8_t* pool[3];         // by format
+    float* logits;            // [wanted][vocab padded to 64]
+    int32_t* best;            // [wanted] the most probable token
+    float* log_total;         // [wanted] log of the sum of exponentials of the logits
+    int32_t* routed;          // [layers][rows][top_k] experts, null where not asked
+    float* mass;              // [rows][kv_heads][table_stride] attention by page, summed over layers; or null
+};
+}

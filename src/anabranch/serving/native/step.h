@@ -1,0 +1,386 @@
+// One step of a decoder: all rows through all layers, by a team of threads. See `Step::run` for the way of a row.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "matrix.h"
+#include "model.h"
+#include "pages.h"
+#include "team.h"
+
+namespace anabranch {
+
+constexpr int MAX_DIM = 512;  // of a head
+
+inline int padded(int n, int to) { return (n + to - 1) / to * to; }
+
+// Rows of each expert, in order of experts and then of rows.
+struct Groups {
+    std::vector<int> start, pair, active;  // pair: row * top_k + choice
+
+    void sort(const int32_t* ids, int pairs, int experts) {
+        start.assign(experts + 1, 0);
+        pair.resize(pairs);
+        active.clear();
+        for (int i = 0; i < pairs; ++i) ++start[ids[i] + 1];
+        for (int e = 0; e < experts; ++e) {
+            if (start[e + 1]) active.push_back(e);
+            start[e + 1] += start[e];
+        }
+        std::vector<int> next(start.begin(), start.end() - 1);
+        for (int i = 0; i < pairs; ++i) pair[next[ids[i]]++] = i;
+    }
+};
+
+template <class Kind>
+class Step {
+    using Act = typename Kind::Act;
+    using Weight = typename Kind::Weight;
+
+   public:
+    Step(const AnabranchModel& model, Team& team)
+        : model_(model),
+          team_(team),
+          shape_{model.layers, model.kv_heads, model.head_dim},
+          wide_(padded(model.hidden, BLOCK)),
+          queries_(model.heads * model.head_dim),
+          keys_(model.kv_heads * model.head_dim),
+          qkv_wide_(padded(queries_ + 2 * keys_, BLOCK)),
+          own_(team.members()) {}
+
+    // 1. embed; for each layer: 2. norm, 3. queries, keys and values, 4. rotate and cache, 5. attend, 6. project
+    // back, 7. norm and route, 8. gate and up of the chosen experts, 9. down, weighted and summed; 10. logits.
+    void run(const AnabranchRows& rows) {
+        reserve(rows);
+        rows_ = &rows;
+        team_.run([this](int member) { member_run(member); });
+    }
+
+   private:
+    struct Own {
+        std::vector<float> scores, out, probabilities;
+        std::vector<const Act*> inputs;
+        Groups groups;
+    };
+
+    void reserve(const AnabranchRows& rows) {
+        int pairs = 0, width = 0, top_k = 1, shared = 0;
+        for (int l = 0; l < model_.layers; ++l) {
+            const auto& layer = model_.layer[l];
+            top_k = std::max(top_k, layer.top_k);
+            width = std::max(width, layer.width);
+            shared = std::max(shared, layer.shared_width);
+        }
+        pairs = rows.rows * top_k;
+        const size_t n = rows.rows;
+        residual_.resize(n * wide_);
+        normal_.resize(n * wide_);
+        normal32_.resize(n * wide_);
+        qkv_.resize(n * qkv_wide_);
+        turned_.resize(n * queries_);
+        attended_.resize(n * queries_);
+        ids_.resize(pairs);
+        weights_.resize(pairs);
+        hidden_.resize(static_cast<size_t>(pairs) * width);
+        shared_.resize(n * shared);
+        shared_weight_.resize(n);
+    }
+
+    void member_run(int member) {
+        const auto& rows = *rows_;
+        for (int r = member; r < rows.rows; r += team_.members()) {
+            const Act* from = static_cast<const Act*>(model_.embedding) + int64_t{rows.token[r]} * model_.hidden;
+            for (int d = 0; d < model_.hidden; ++d) residual_[size_t(r) * wide_ + d] = widen(from[d]);
+        }
+        for (int l = 0; l < model_.layers; ++l) {
+            const auto& layer = model_.layer[l];
+            for (int r = member; r < rows.rows; r += team_.members()) normalise(r, layer.attention_norm, r);
+            team_.meet();
+            attention(layer, l, member);
+            for (int r = member; r < rows.rows; r += team_.members()) {
+                normalise(r, layer.mlp_norm, r);
+                route(layer, l, r, own_[member]);
+            }
+            team_.meet();
+            experts(layer, own_[member]);
+        }
+        logits(member);
+    }
+
+    // RMS norm of residual row `from` into activation row `to`, there also kept in fp32.
+    void normalise(int from, const float* weight, int to) {
+        const float* x = &residual_[size_t(from) * wide_];
+        float* wide = &normal32_[size_t(to) * wide_];
+        Act* out = &normal_[size_t(to) * wide_];
+        f32x16 squares{};
+        int d = 0;
+        for (; d + LANES <= model_.hidden; d += LANES) squares += load(x + d) * load(x + d);
+        float total = sum(squares);
+        for (; d < model_.hidden; ++d) total += x[d] * x[d];
+        const float scale = 1.0f / std::sqrt(total / model_.hidden + model_.eps);
+        for (d = 0; d < model_.hidden; ++d) {
+            wide[d] = x[d] * scale * weight[d];
+            narrow(out + d, wide[d]);
+        }
+    }
+
+    void attention(const AnabranchLayer& layer, int l, int member) {
+        const auto& rows = *rows_;
+        auto& own = own_[member];
+        gather(own, normal_, wide_, rows.rows);
+        const auto* qkv = static_cast<const Weight*>(layer.qkv);
+        for (int b; (b = team_.take()) < qkv_wide_ / BLOCK;)
+            multiply_block<Kind>(qkv + int64_t{b} * BLOCK * model_.hidden, model_.hidden, own.inputs.data(), rows.rows,
+                                 [&](int r, const f32x16* sums) {
+                                     keep(&qkv_[size_t(r) * qkv_wide_], layer.qkv_bias, b, sums);
+                                 });
+        team_.meet();
+        const int tasks = rows.rows * model_.kv_heads;
+        for (int t; (t = team_.take()) < tasks;) {
+            cache(layer, l, t / model_.kv_heads, t % model_.kv_heads);
+            if (rows.one_each) attend_one(l, t / model_.kv_heads, t % model_.kv_heads, own);
+        }
+        team_.meet();
+        if (!rows.one_each) {
+            for (int t; (t = team_.take()) < tasks;) attend_one(l, t / model_.kv_heads, t % model_.kv_heads, own);
+            team_.meet();
+        }
+        gather(own, attended_, queries_, rows.rows);
+        const auto* out = static_cast<const Weight*>(layer.out);
+        for (int b; (b = team_.take()) < wide_ / BLOCK;)
+            multiply_block<Kind>(out + int64_t{b} * BLOCK * queries_, queries_, own.inputs.data(), rows.rows,
+                                 [&](int r, const f32x16* sums) {
+                                     add(&residual_[size_t(r) * wide_], layer.out_bias, b, sums, 1.0f);
+                                 });
+        team_.meet();
+    }
+
+    // Rotates a row's key of one key-value head and the queries of its group; caches key and value. What the
+    // projection gave stays as it is: other heads may still take its norm.
+    void cache(const AnabranchLayer& layer, int l, int r, int head) {
+        const auto& rows = *rows_;
+        const int dim = model_.head_dim, group = model_.heads / model_.kv_heads;
+        const float* row = &qkv_[size_t(r) * qkv_wide_];
+        const float* key = row + queries_ + head * dim;
+        const int64_t at = int64_t{rows.position[r]} * (model_.rotary_dim / 2);
+        const float *cosine = model_.cosines + at, *sine = model_.sines + at;
+        float q_scale = 0.0f, k_scale = 0.0f;
+        if (layer.q_norm && model_.qk_norm_all) {
+            q_scale = inverse_rms(row, queries_);
+            k_scale = inverse_rms(row + queries_, keys_);
+        }
+        for (int g = 0; g < group; ++g) {
+            const int h = head * group + g;
+            float* query = &turned_[size_t(r) * queries_ + h * dim];
+            std::copy(row + h * dim, row + (h + 1) * dim, query);
+            if (layer.q_norm) {
+                const float* weight = layer.q_norm + (model_.qk_norm_all ? h * dim : 0);
+                scale_by(query, weight, model_.qk_norm_all ? q_scale : inverse_rms(query, dim), dim);
+            }
+            rotate(query, cosine, sine);
+            for (int d = 0; d < dim; ++d) query[d] /= std::sqrt(static_cast<float>(dim));
+        }
+        const int slot = (rows.length[r] - 1) % PAGE;
+        const int32_t page = rows.table[int64_t{rows.chain[r]} * rows.table_stride + (rows.length[r] - 1) / PAGE];
+        float rotated[MAX_DIM];
+        std::copy(key, key + dim, rotated);
+        if (layer.k_norm) {
+            const float* weight = layer.k_norm + (model_.qk_norm_all ? head * dim : 0);
+            scale_by(rotated, weight, model_.qk_norm_all ? k_scale : inverse_rms(key, dim), dim);
+        }
+        rotate(rotated, cosine, sine);
+        Pools pools{{rows.pool[0], rows.pool[1], rows.pool[2]}};
+        write_token(static_cast<Format>(page >> FORMAT_SHIFT), pools.head(shape_, page, l, head), slot, dim, rotated,
+                    row + queries_ + keys_ + head * dim);
+    }
+
+    void attend_one(int l, int r, int head, Own& own) {
+        const auto& rows = *rows_;
+        const int group = model_.heads / model_.kv_heads, dim = model_.head_dim;
+        Pools pools{{rows.pool[0], rows.pool[1], rows.pool[2]}};
+        float* mass = rows.mass ? rows.mass + (int64_t{r} * model_.kv_heads + head) * rows.table_stride : nullptr;
+        own.out.resize(size_t(group) * dim);
+        attend(pools, shape_, rows.table + int64_t{rows.chain[r]} * rows.table_stride, rows.length[r], l, head, group,
+               &turned_[size_t(r) * queries_ + size_t(head) * group * dim], own.out.data(), own.scores, mass);
+        Act* to = &attended_[size_t(r) * queries_ + size_t(head) * group * dim];
+        for (int i = 0; i < group * dim; i += LANES) store(to + i, load(&own.out[i]));
+    }
+
+    // The experts of a row and their weights: softmax over all, the largest top_k, ties to the lower number.
+    void route(const AnabranchLayer& layer, int l, int r, Own& own) {
+        const int k = layer.top_k;
+        int32_t* ids = &ids_[size_t(r) * k];
+        float* weights = &weights_[size_t(r) * k];
+        const float* x = &normal32_[size_t(r) * wide_];
+        if (layer.shared_width && layer.shared_gate) {
+            float dot = 0.0f;
+            for (int d = 0; d < model_.hidden; ++d) dot += x[d] * layer.shared_gate[d];
+            shared_weight_[r] = 1.0f / (1.0f + std::exp(-dot));
+        } else {
+            shared_weight_[r] = 1.0f;
+        }
+        if (!layer.router) {
+            ids[0] = 0, weights[0] = 1.0f;
+            return;
+        }
+        own.probabilities.resize(padded(layer.experts, BLOCK));
+        float* p = own.probabilities.data();
+        for (int b = 0; b < padded(layer.experts, BLOCK) / BLOCK; ++b)
+            multiply_block<F32>(layer.router + int64_t{b} * BLOCK * model_.hidden, model_.hidden, &x, 1,
+                                [&](int, const f32x16* sums) { keep(p, nullptr, b, sums); });
+        softmax(p, layer.experts);
+        float total = 0.0f;
+        for (int i = 0; i < k; ++i) {
+            const int best = static_cast<int>(std::max_element(p, p + layer.experts) - p);
+            ids[i] = best, weights[i] = p[best], total += p[best], p[best] = -1.0f;
+        }
+        if (model_.normalise_top_k)
+            for (int i = 0; i < k; ++i) weights[i] /= total;
+        if (rows_->routed) std::copy(ids, ids + k, rows_->routed + (int64_t{l} * rows_->rows + r) * k);
+    }
+
+    void experts(const AnabranchLayer& layer, Own& own) {
+        const int n = rows_->rows, width = layer.width, blocks = width * 2 / BLOCK;
+        own.groups.sort(ids_.data(), n * layer.top_k, layer.experts);
+        const auto& groups = own.groups;
+        const int shared_blocks = layer.shared_width * 2 / BLOCK;
+        const int tasks = static_cast<int>(groups.active.size()) * blocks + shared_blocks;
+        for (int t; (t = team_.take()) < tasks;) {
+            if (t < shared_blocks) {
+                gather(own, normal_, wide_, n);
+                gate_up(static_cast<const Weight*>(layer.shared_gate_up), t, own, n,
+                        [&](int m) { return &shared_[size_t(m) * layer.shared_width]; });
+                continue;
+            }
+            const int e = groups.active[(t - shared_blocks) / blocks], b = (t - shared_blocks) % blocks;
+            const int first = groups.start[e], count = groups.start[e + 1] - first;
+            own.inputs.resize(count);
+            for (int m = 0; m < count; ++m)
+                own.inputs[m] = &normal_[size_t(groups.pair[first + m] / layer.top_k) * wide_];
+            const auto* all = static_cast<const Weight*>(layer.gate_up) + int64_t{e} * 2 * width * model_.hidden;
+            gate_up(all, b, own, count,
+                    [&](int m) { return &hidden_[size_t(groups.pair[first + m]) * width]; });
+        }
+        team_.meet();
+        for (int b; (b = team_.take()) < wide_ / BLOCK;) down(layer, b, own);
+        team_.meet();
+    }
+
+    template <class To>
+    void gate_up(const Weight* weights, int b, Own& own, int count, const To& to) {
+        multiply_block<Kind>(weights + int64_t{b} * BLOCK * model_.hidden, model_.hidden, own.inputs.data(), count,
+                             [&](int m, const f32x16* sums) {
+                                 Act* out = to(m) + b * (BLOCK / 2);
+                                 store(out, silu(sums[0]) * sums[2]);
+                                 store(out + LANES, silu(sums[1]) * sums[3]);
+                             });
+    }
+
+    // One block of outputs of every expert: one member adds them all, in the order of experts.
+    void down(const AnabranchLayer& layer, int b, Own& own) {
+        const auto& groups = own.groups;
+        const int width = layer.width;
+        for (const int e : groups.active) {
+            const int first = groups.start[e], count = groups.start[e + 1] - first;
+            own.inputs.resize(count);
+            for (int m = 0; m < count; ++m) own.inputs[m] = &hidden_[size_t(groups.pair[first + m]) * width];
+            const auto* weights =
+                static_cast<const Weight*>(layer.down) + int64_t{e} * width * wide_ + int64_t{b} * BLOCK * width;
+            multiply_block<Kind>(weights, width, own.inputs.data(), count, [&](int m, const f32x16* sums) {
+                const int pair = groups.pair[first + m];
+                add(&residual_[size_t(pair / layer.top_k) * wide_], nullptr, b, sums, weights_[pair]);
+            });
+        }
+        if (layer.shared_width) {
+            gather(own, shared_, layer.shared_width, rows_->rows);
+            const auto* weights = static_cast<const Weight*>(layer.shared_down) + int64_t{b} * BLOCK * layer.shared_width;
+            multiply_block<Kind>(weights, layer.shared_width, own.inputs.data(), rows_->rows,
+                                 [&](int r, const f32x16* sums) {
+                                     add(&residual_[size_t(r) * wide_], nullptr, b, sums, shared_weight_[r]);
+                                 });
+        }
+    }
+
+    void logits(int member) {
+        const auto& rows = *rows_;
+        const int wide = padded(model_.vocab, BLOCK);
+        // Norms write over activations of other rows: all members are done with them.
+        for (int i = member; i < rows.wanted; i += team_.members()) normalise(rows.want[i], model_.final_norm, i);
+        team_.meet();
+        auto& own = own_[member];
+        gather(own, normal_, wide_, rows.wanted);
+        const auto* head = static_cast<const Weight*>(model_.head);
+        for (int b; (b = team_.take()) < wide / BLOCK;)
+            multiply_block<Kind>(head + int64_t{b} * BLOCK * model_.hidden, model_.hidden, own.inputs.data(),
+                                 rows.wanted, [&](int i, const f32x16* sums) {
+                                     keep(rows.logits + int64_t{i} * wide, nullptr, b, sums);
+                                 });
+        team_.meet();
+        for (int i = member; i < rows.wanted; i += team_.members()) summarise(i, rows.logits + int64_t{i} * wide);
+    }
+
+    void summarise(int i, const float* logits) {
+        const float* best = std::max_element(logits, logits + model_.vocab);
+        float total = 0.0f;
+        int v = 0;
+        f32x16 lanes{};
+        for (; v + LANES <= model_.vocab; v += LANES) lanes += exponential(load(logits + v) - *best);
+        total = sum(lanes);
+        for (; v < model_.vocab; ++v) total += std::exp(logits[v] - *best);
+        rows_->best[i] = static_cast<int32_t>(best - logits);
+        rows_->log_total[i] = *best + std::log(total);
+    }
+
+    static void keep(float* row, const float* bias, int b, const f32x16* sums) {
+        for (int j = 0; j < QUADS; ++j) {
+            const int at = b * BLOCK + j * LANES;
+            store(row + at, bias ? sums[j] + load(bias + at) : sums[j]);
+        }
+    }
+
+    static void add(float* row, const float* bias, int b, const f32x16* sums, float weight) {
+        for (int j = 0; j < QUADS; ++j) {
+            const int at = b * BLOCK + j * LANES;
+            store(row + at, load(row + at) + (bias ? sums[j] + load(bias + at) : sums[j] * weight));
+        }
+    }
+
+    static float inverse_rms_of(const float* x, int n, float eps) {
+        f32x16 squares{};
+        for (int d = 0; d < n; d += LANES) squares += load(x + d) * load(x + d);
+        return 1.0f / std::sqrt(sum(squares) / n + eps);
+    }
+    float inverse_rms(const float* x, int n) const { return inverse_rms_of(x, n, model_.eps); }
+
+    static void scale_by(float* x, const float* weight, float scale, int n) {
+        for (int d = 0; d < n; ++d) x[d] = x[d] * scale * weight[d];
+    }
+
+    // The first and second half of the rotary dimensions are the two parts of each rotated pair.
+    void rotate(float* x, const float* cosine, const float* sine) const {
+        const int half = model_.rotary_dim / 2;
+        for (int d = 0; d < half; ++d) {
+            const float a = x[d], b = x[d + half];
+            x[d] = a * cosine[d] - b * sine[d];
+            x[d + half] = b * cosine[d] + a * sine[d];
+        }
+    }
+
+    template <class T>
+    static void gather(Own& own, const std::vector<T>& rows, int stride, int count) {
+        own.inputs.resize(count);
+        for (int r = 0; r < count; ++r) own.inputs[r] = &rows[size_t(r) * stride];
+    }
+
+    const AnabranchModel model_;
+    Team& team_;
+    const PageShape shape_;
+    const int wide_, queries_, keys_, qkv_wide_;
+    const AnabranchRows* rows_ = nullptr;
+    std::vector<Own> own_;
+    std::vector<float> residual_, normal32_, qkv_, turned_, weights_, shared_weight_;
+    std::vector<Act> normal_, attended_, hidden_, shared_;
+    std::vector<int32_t> ids_;
+};
+
+}  // namespace anabranch

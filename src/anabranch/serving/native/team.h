@@ -1,0 +1,100 @@
+// A team of threads that run one function together and meet at barriers in it. The caller is member 0.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace anabranch {
+
+inline void breathe() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+}
+
+class Team {
+   public:
+    explicit Team(int members) : members_(members) {
+        for (int i = 1; i < members; ++i) threads_.emplace_back([this, i] { serve(i); });
+    }
+    ~Team() {
+        {
+            std::lock_guard<std::mutex> hold(mutex_);
+            closing_.store(true);
+            turn_.fetch_add(1);
+        }
+        wake_.notify_all();
+        for (auto& thread : threads_) thread.join();
+    }
+    Team(const Team&) = delete;
+
+    int members() const { return members_; }
+
+    // Runs work(member) on all members and returns when all have ended.
+    void run(const std::function<void(int)>& work) {
+        {
+            std::lock_guard<std::mutex> hold(mutex_);
+            work_ = &work;
+            turn_.fetch_add(1);
+        }
+        wake_.notify_all();
+        work(0);
+        meet();
+    }
+
+    // Returns on every member once all have called it. Spins for the microseconds that phases differ by, then
+    // yields: a machine with fewer free cores than members goes on.
+    void meet() {
+        if (members_ == 1) {
+            next_.store(0, std::memory_order_relaxed);
+            return;
+        }
+        const uint32_t round = round_.load(std::memory_order_acquire);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == members_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            next_.store(0, std::memory_order_relaxed);
+            round_.store(round + 1, std::memory_order_release);
+            return;
+        }
+        for (int spun = 0; round_.load(std::memory_order_acquire) == round; ++spun)
+            spun < SPINS ? breathe() : std::this_thread::yield();
+    }
+
+    // The next of `tasks` that nobody has taken since the last meeting; `tasks` or more when none is left.
+    int take() { return next_.fetch_add(1, std::memory_order_relaxed); }
+
+   private:
+    static constexpr int SPINS = 20000;
+
+    void serve(int member) {
+        uint32_t seen = 0;
+        while (true) {
+            for (int spun = 0; turn_.load(std::memory_order_acquire) == seen && spun < SPINS; ++spun) breathe();
+            if (turn_.load(std::memory_order_acquire) == seen) {
+                std::unique_lock<std::mutex> hold(mutex_);
+                wake_.wait(hold, [&] { return turn_.load() != seen; });
+            }
+            seen = turn_.load(std::memory_order_acquire);
+            if (closing_.load()) return;
+            (*work_)(member);
+            meet();
+        }
+    }
+
+    const int members_;
+    std::vector<std::thread> threads_;
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    const std::function<void(int)>* work_ = nullptr;
+    std::atomic<bool> closing_{false};
+    std::atomic<uint32_t> turn_{0}, round_{0};
+    std::atomic<int> arrived_{0}, next_{0};
+};
+
+}  // namespace anabranch

@@ -1,0 +1,112 @@
+// Sixteen floats at a time, in GCC's vector extensions: one register with AVX-512, two with AVX2, four with SSE.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace anabranch {
+
+constexpr int LANES = 16;
+using f32x16 = float __attribute__((vector_size(64)));
+using i32x16 = int32_t __attribute__((vector_size(64)));
+using u32x16 = uint32_t __attribute__((vector_size(64)));
+using u16x16 = uint16_t __attribute__((vector_size(32)));
+using i8x16 = int8_t __attribute__((vector_size(16)));
+
+// The upper half of a float, as bfloat16 stores it. A type of its own: uint16_t would convert by value.
+struct bf16 {
+    uint16_t bits;
+};
+
+inline f32x16 splat(float value) { return f32x16{} + value; }
+
+inline f32x16 load(const float* p) {
+    f32x16 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline f32x16 load(const bf16* p) {
+    u16x16 half;
+    std::memcpy(&half, p, sizeof half);
+    return reinterpret_cast<f32x16>(__builtin_convertvector(half, u32x16) << 16);
+}
+
+inline f32x16 load(const int8_t* p) {
+    i8x16 v;
+    std::memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(__builtin_convertvector(v, i32x16), f32x16);
+}
+
+inline void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
+
+// Rounds to nearest even, as torch does; NaN stays NaN through the carry-free path of finite values.
+inline void store(bf16* p, f32x16 v) {
+    u32x16 bits = reinterpret_cast<u32x16>(v);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    u16x16 half = __builtin_convertvector(bits, u16x16);
+    std::memcpy(p, &half, sizeof half);
+}
+
+inline float widen(float v) { return v; }
+inline float widen(bf16 v) {
+    uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+inline void narrow(float* p, float v) { *p = v; }
+inline void narrow(bf16* p, float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    p->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// A fixed order of additions, so that a sum does not depend on what else is computed.
+inline float sum(f32x16 v) {
+    float lane[LANES];
+    store(lane, v);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+    return lane[0];
+}
+
+inline float largest(f32x16 v) {
+    float lane[LANES];
+    store(lane, v);
+    float most = lane[0];
+    for (int i = 1; i < LANES; ++i) most = lane[i] > most ? lane[i] : most;
+    return most;
+}
+
+inline f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
+
+// e^x: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial of degree 7 in r (Taylor, error under 1 ulp there),
+// and n added to the exponent. Below -87 it is e^-87, about 1e-38.
+inline f32x16 exponential(f32x16 x) {
+    x = x < splat(-87.0f) ? splat(-87.0f) : x;
+    x = x > splat(88.0f) ? splat(88.0f) : x;
+    const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    f32x16 shifted = x * 1.44269504088896341f + magic;
+    i32x16 n = reinterpret_cast<i32x16>(shifted) - reinterpret_cast<i32x16>(magic);
+    f32x16 whole = shifted - magic;
+    f32x16 r = x - whole * 0.693359375f;
+    r = r - whole * -2.12194440e-4f;
+    f32x16 p = splat(1.0f / 5040.0f);
+    p = p * r + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return reinterpret_cast<f32x16>(reinterpret_cast<i32x16>(p) + (n << 23));
+}
+
+inline f32x16 silu(f32x16 x) { return x / (1.0f + exponential(-x)); }
+
+}  // namespace anabranch

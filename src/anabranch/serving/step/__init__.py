@@ -1,0 +1,1 @@
+"""One step of a model for all chains: a contract and its implementations."""

@@ -1,0 +1,149 @@
+"""The C++ step: the whole model in one call, on this machine's cores."""
+
+import ctypes
+from ctypes import c_void_p
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anabranch.errors import ConfigError
+from anabranch.serving.decoder import Decoder, Experts
+from anabranch.serving.native.library import Layer, Model, library
+from anabranch.serving.native.library import Rows as NativeRows
+from anabranch.serving.native.pack import BLOCK, HALF, pack, pack_down, pack_gate_up, pad
+from anabranch.serving.pools import FORMATS, KvShape, prefer_huge_pages
+from anabranch.serving.step.base import Outputs, Rows
+
+MAX_HEAD_DIM = 512
+
+
+class NativeStep:
+    """Packs a decoder's weights, which it then owns, and runs steps on `threads` threads.
+
+    dtype: of weights and of what is multiplied with them, float32 or bfloat16; sums, norms, softmax and the residual
+    stream are fp32 in both. pools: uint8 pages by format, as `pools.allocate` makes them. Raises ConfigError for a
+    model whose sizes it cannot compute, and BuildError without a compiler.
+    """
+
+    name = "native"
+
+    def __init__(
+        self, decoder: Decoder, dtype: torch.dtype, pools: dict[str, Tensor], positions: int, threads: int
+    ) -> None:
+        _check(decoder)
+        self.vocab = decoder.vocab
+        self.kv_shape = KvShape(len(decoder.layers), decoder.kv_heads, decoder.head_dim)
+        self._library, self._dtype = library(), dtype
+        self._kept: list[Tensor] = []
+        self._pools = pools
+        self._pointers = (c_void_p * len(FORMATS))(
+            *(pools[kind].data_ptr() if kind in pools else None for kind in FORMATS)
+        )
+        self._layers = (Layer * len(decoder.layers))(
+            *(self._layer(decoder, i) for i in range(len(decoder.layers)))
+        )
+        self._handle = self._library.anabranch_open(ctypes.byref(self._model(decoder, positions)), threads)
+        self._logits_WV = torch.empty(0, pad(decoder.vocab, BLOCK))
+        self._best_W = np.empty(0, dtype=np.int32)
+        self._log_total_W = np.empty(0, dtype=np.float32)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that the packed weights take."""
+        return sum(tensor.nbytes for tensor in self._kept)
+
+    def run(self, rows: Rows) -> Outputs:
+        wanted = len(rows.want_W)
+        if wanted > len(self._best_W):
+            self._logits_WV = torch.empty(wanted, self._logits_WV.shape[1])
+            self._best_W = np.empty(wanted, dtype=np.int32)
+            self._log_total_W = np.empty(wanted, dtype=np.float32)
+        native = NativeRows(
+            len(rows.token_T), wanted, int(rows.one_each), rows.table_CP.shape[1],
+            rows.token_T.ctypes.data, rows.position_T.ctypes.data, rows.length_T.ctypes.data,
+            rows.chain_T.ctypes.data, rows.table_CP.ctypes.data, rows.want_W.ctypes.data, self._pointers,
+            self._logits_WV.data_ptr(), self._best_W.ctypes.data, self._log_total_W.ctypes.data, None, None,
+        )  # fmt: skip
+        self._library.anabranch_step(self._handle, ctypes.byref(native))
+        return Outputs(
+            self._logits_WV[:wanted, : self.vocab], self._best_W[:wanted], self._log_total_W[:wanted]
+        )
+
+    def quantise(self, page: int, to: int) -> None:
+        """Rewrite a full page as an int8 page."""
+        shape = self.kv_shape
+        self._library.anabranch_quantise(self._pointers, shape.layers, shape.heads, shape.dim, page, to)
+
+    def close(self) -> None:
+        if self._handle:
+            self._library.anabranch_close(self._handle)
+            self._handle = None
+            self._kept.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _model(self, decoder: Decoder, positions: int) -> Model:
+        cosines, sines = decoder.angles(positions)
+        return Model(
+            int(self._dtype == torch.bfloat16), len(decoder.layers), decoder.hidden, decoder.heads, decoder.kv_heads,
+            decoder.head_dim, decoder.vocab, 2 * cosines.shape[1], int(decoder.normalise_top_k),
+            int(decoder.qk_norm_all), decoder.eps, self._keep(decoder.embedding_VD.to(self._dtype)),
+            self._fp32(decoder.final_norm_D), self._keep(pack(decoder.head_VD.to(self._dtype))),
+            self._fp32(cosines), self._fp32(sines), self._layers,
+        )  # fmt: skip
+
+    def _layer(self, decoder: Decoder, number: int) -> Layer:
+        layer = decoder.layers[number]
+        attention, experts = layer.attention, layer.experts
+        wide = pad(attention.qkv_ND.shape[0], BLOCK)
+        shared = experts.shared
+        return Layer(
+            self._fp32(layer.attention_norm_D), self._fp32(layer.mlp_norm_D), self._fp32(attention.q_norm),
+            self._fp32(attention.k_norm), self._packed(attention.qkv_ND), self._fp32(attention.qkv_bias_N, wide),
+            self._packed(attention.out_DN), self._fp32(attention.out_bias_D, pad(decoder.hidden, BLOCK)),
+            None if experts.router_ED is None else self._keep(pack(experts.router_ED.float())),
+            *self._expert_pair(experts), *((None, None) if shared is None else self._expert_pair(shared)),
+            self._fp32(experts.shared_gate_D), experts.gate_up_EXD.shape[0], experts.top_k, _width(experts),
+            0 if shared is None else _width(shared),
+        )  # fmt: skip
+
+    def _expert_pair(self, experts: Experts) -> tuple[int, int]:
+        gate_up = pack_gate_up(experts.gate_up_EXD.to(self._dtype))
+        return self._keep(gate_up), self._keep(pack_down(experts.down_EDF.to(self._dtype)))
+
+    def _packed(self, weight_NK: Tensor) -> int:
+        return self._keep(pack(weight_NK.to(self._dtype)))
+
+    def _fp32(self, tensor: Tensor | None, wide: int = 0) -> int | None:
+        """Padded with zeros to `wide`."""
+        if tensor is None:
+            return None
+        kept = torch.zeros(max(wide, tensor.numel())) if tensor.dim() == 1 else torch.empty(tensor.shape)
+        kept.view(-1)[: tensor.numel()] = tensor.float().flatten()
+        return self._keep(kept)
+
+    def _keep(self, tensor: Tensor) -> int:
+        """Its address; in a copy on huge pages, so that streaming it seldom misses the translation cache."""
+        kept = torch.empty_like(tensor)
+        prefer_huge_pages(kept)
+        kept.copy_(tensor)
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+
+def _width(experts: Experts) -> int:
+    return pad(experts.down_EDF.shape[-1], HALF)
+
+
+def _check(decoder: Decoder) -> None:
+    """Sizes that the packing and the registers want."""
+    checks = (
+        ("an even hidden size", decoder.hidden % 2 == 0),
+        ("a head dimension that is a multiple of 16", decoder.head_dim % 16 == 0),
+        (f"a head dimension of at most {MAX_HEAD_DIM}", decoder.head_dim <= MAX_HEAD_DIM),
+    )
+    for wanted, holds in checks:
+        if not holds:
+            raise ConfigError(f"the native step wants {wanted}; use step='torch'", setting="step")

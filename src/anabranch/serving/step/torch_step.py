@@ -1,0 +1,128 @@
+"""The same step by transformers' own modules, on any device: the reference of the C++ step, and what runs without it.
+
+The model computes everything but attention; attention reads and writes our pages through transformers'
+`AttentionInterface`.
+
+Shape suffixes: T rows of the step, C chains, P pages of a chain, H heads, G key-value heads, D head dimension,
+N tokens of a chain, W wanted rows.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+from transformers import AttentionInterface, PreTrainedModel
+
+from anabranch.errors import ConfigError
+from anabranch.scheduling.pages import PAGE
+from anabranch.serving.pools import KvShape
+from anabranch.serving.step.base import Outputs, Rows
+
+NAME = "anabranch_paged"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Paged(NamedTuple):
+    """What attention needs of a step. by_chain: for each chain its rows, its pages and their tokens."""
+
+    keys: Tensor  # (pages, layers, G, D, 16), as pages.h lays them out
+    values: Tensor  # (pages, layers, G, 16, D)
+    page_T: Tensor
+    slot_T: Tensor
+    by_chain: list[tuple[Tensor, Tensor, Tensor]]
+
+
+class TorchStep:
+    """Runs `model` as it is, weights shared. pools: one of float32 or bfloat16, on the model's device.
+
+    Raises ConfigError for pools of other formats.
+    """
+
+    name = "torch"
+
+    def __init__(self, model: PreTrainedModel, kv_shape: KvShape, pools: dict[str, Tensor]) -> None:
+        if len(pools) != 1 or (kind := next(iter(pools))) not in DTYPES:
+            raise ConfigError(
+                "the torch step keeps keys and values as float32 or bfloat16", setting="kv_dtype"
+            )
+        self.model, self.vocab = model, model.config.get_text_config().vocab_size
+        numbers = PAGE * kv_shape.dim
+        parts = pools[kind].view(DTYPES[kind]).view(-1, kv_shape.layers, kv_shape.heads, 2, numbers)
+        self._keys = parts[:, :, :, 0].unflatten(-1, (kv_shape.dim, PAGE))
+        self._values = parts[:, :, :, 1].unflatten(-1, (PAGE, kv_shape.dim))
+        self._index_mask = (1 << 28) - 1
+        # Masked numbers are multiplied by zero, which NaN of untouched memory would survive.
+        pools[kind].zero_()
+        AttentionInterface.register(NAME, paged_attention)
+
+    @torch.no_grad()
+    def run(self, rows: Rows) -> Outputs:
+        before: Any = self.model.config._attn_implementation
+        self.model.set_attn_implementation(NAME)
+        try:
+            out: Any = self.model(
+                input_ids=self._on_device(rows.token_T).unsqueeze(0),
+                position_ids=self._on_device(rows.position_T).unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=self._on_device(rows.want_W),
+                paged=self._paged(rows),
+            )
+        finally:
+            self.model.set_attn_implementation(before)
+        logits_WV = out.logits[0].float()
+        return Outputs(
+            logits_WV, logits_WV.argmax(-1).int().cpu().numpy(), logits_WV.logsumexp(-1).cpu().numpy()
+        )
+
+    def close(self) -> None:
+        """Nothing is held but the model, which is the caller's."""
+
+    def _paged(self, rows: Rows) -> Paged:
+        last_T = rows.length_T - 1
+        page_T = rows.table_CP[rows.chain_T, last_T // PAGE] & self._index_mask
+        by_chain = []
+        for chain in dict.fromkeys(rows.chain_T.tolist()):
+            mine = (rows.chain_T == chain).nonzero()[0]
+            length_T = rows.length_T[mine]
+            pages = rows.table_CP[chain, : -(-int(length_T.max()) // PAGE)] & self._index_mask
+            by_chain.append((self._on_device(mine), self._on_device(pages), self._on_device(length_T)))
+        return Paged(
+            self._keys, self._values, self._on_device(page_T), self._on_device(last_T % PAGE), by_chain
+        )
+
+    def _on_device(self, array: Any) -> Tensor:
+        return torch.as_tensor(array, dtype=torch.int64).to(self._keys.device)
+
+
+def paged_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, paged: Paged,
+    sliding_window: int | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention over our pages. query (1, H, T, D), key and value (1, G, T, D); returns (1, T, H, D).
+
+    Raises ConfigError for a model with a sliding window: its pages would have to be forgotten.
+    """
+    if sliding_window is not None:
+        raise ConfigError("sliding-window attention is not computed", setting="model")
+    layer = module.layer_idx
+    keys, values = paged.keys[:, layer], paged.values[:, layer]
+    keys[paged.page_T, :, :, paged.slot_T] = key[0].transpose(0, 1).to(keys.dtype)
+    values[paged.page_T, :, paged.slot_T] = value[0].transpose(0, 1).to(values.dtype)
+    out_THD = torch.empty(
+        query.shape[2], query.shape[1], query.shape[3], dtype=query.dtype, device=query.device
+    )
+    for mine_T, pages_P, length_T in paged.by_chain:
+        key_GND = keys[pages_P].permute(1, 0, 3, 2).flatten(1, 2).to(query.dtype)
+        value_GND = values[pages_P].permute(1, 0, 2, 3).flatten(1, 2).to(query.dtype)
+        seen_TN = torch.arange(key_GND.shape[1], device=query.device) < length_T[:, None]
+        attended = nnf.scaled_dot_product_attention(
+            query[:, :, mine_T],
+            key_GND[None],
+            value_GND[None],
+            attn_mask=seen_TN,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        out_THD[mine_T] = attended[0].transpose(0, 1)
+    return out_THD.unsqueeze(0), None
