@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from anabranch.errors import BuildError, ConfigError
 from anabranch.scheduling.chain import Chain, End, Request
-from anabranch.scheduling.pages import PAGE, PagePool, pages_of
+from anabranch.scheduling.pages import PagePool, pages_of
 from anabranch.scheduling.scheduler import Limits, Part, Scheduler
 from anabranch.serving.decoder import read_decoder
 from anabranch.serving.pools import KvShape, allocate, first_page
@@ -23,6 +23,7 @@ from anabranch.serving.sampler import sample
 from anabranch.serving.step.base import Rows, Step
 from anabranch.serving.step.native import NativeStep
 from anabranch.serving.step.torch_step import TorchStep
+from anabranch.serving.table import PageTable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STEPS = ("auto", "native", "torch")
@@ -70,14 +71,6 @@ class Completion(NamedTuple):
     end: End
 
 
-class _Listed(NamedTuple):
-    """Whose pages a line of the table shows, of which stay, and how many."""
-
-    chain: Chain
-    left: int
-    pages: int
-
-
 class Engine:
     """Serves one model in this process. Close it, or use it as a context, to give its memory back."""
 
@@ -92,16 +85,13 @@ class Engine:
         self.pools: dict[str, Tensor] = {kv_dtype: allocate(self.kv_shape, kv_dtype, max(pages, 1))}
         self.scheduler = Scheduler(self.limits, PagePool(max(pages, 1), first_page(kv_dtype)))
         # Pages are written in the step's own precision; where they are kept in another, they are rewritten once full.
-        self._open: PagePool | None = None
+        open_pages: PagePool | None = None
         if kv_dtype != dtype:
-            open_pages = 2 * self.limits.slots + pages_of(self.limits.chunk)
-            self._open = PagePool(open_pages, first_page(dtype))
-            self.pools[dtype] = allocate(self.kv_shape, dtype, open_pages)
-        self._overlay: dict[int, dict[int, int]] = {}
+            open_pages = PagePool(2 * self.limits.slots + pages_of(self.limits.chunk), first_page(dtype))
+            self.pools[dtype] = allocate(self.kv_shape, dtype, open_pages.pages)
         self.step = self._step(model, dtype)
-        wide = pages_of(self.limits.tokens)
-        self._table_CP = np.zeros((self.limits.slots, wide), dtype=np.int32)
-        self._listed: list[_Listed | None] = [None] * self.limits.slots
+        rewriter = self.step if isinstance(self.step, NativeStep) else None
+        self.table = PageTable(self.limits.slots, self.limits.tokens, open_pages, rewriter)
         self.logprobs: dict[Chain, list[float]] = {}
 
     def __enter__(self) -> "Engine":
@@ -133,7 +123,7 @@ class Engine:
     def advance(self) -> list[Chain]:
         """One step. Returns the chains that got a token."""
         parts = self.scheduler.plan()
-        self._release_overlays()
+        self.table.release(self.scheduler.running)
         if not parts:
             return []
         outputs = self.step.run(self._rows(parts))
@@ -144,7 +134,7 @@ class Engine:
             chosen = outputs.logits_WV.gather(1, at[:, None])[:, 0].cpu().numpy() - outputs.log_total_W
             for chain, logprob in zip(got, chosen.tolist(), strict=True):
                 self.logprobs[chain].append(logprob)
-        self._close_pages(parts)
+        self.table.close(parts)
         self.scheduler.done(parts, tokens)
         return got
 
@@ -172,8 +162,7 @@ class Engine:
     def check(self) -> None:
         """Assert that no page has leaked."""
         self.scheduler.check()
-        if self._open is not None:
-            self._open.check({page: 1 for mine in self._overlay.values() for page in mine.values()})
+        self.table.check()
 
     def _step(self, model: PreTrainedModel, dtype: str) -> Step:
         wants = self.settings.step
@@ -196,7 +185,7 @@ class Engine:
         for chain, count, last in parts:
             slot, cached = chain.slot, chain.cached
             assert slot is not None
-            self._list_pages(chain, slot, count)
+            self.table.enter(chain, count)
             if count == 1:
                 tokens.append(chain.tokens[cached])
                 positions.append(cached)
@@ -211,46 +200,8 @@ class Engine:
         position_T = np.array(positions, dtype=np.int32)
         return Rows(
             np.array(tokens, dtype=np.int32), position_T, position_T + 1, np.array(chains, dtype=np.int32),
-            self._table_CP, np.array(want, dtype=np.int32), one_each,
+            self.table.lines_CP, np.array(want, dtype=np.int32), one_each,
         )  # fmt: skip
-
-    def _list_pages(self, chain: Chain, slot: int, count: int) -> None:
-        """Bring the slot's line of the table up to date; tokens that enter go to open pages where there are such."""
-        listed = _Listed(chain, chain.left, len(chain.pages))
-        if self._listed[slot] != listed:
-            self._table_CP[slot, : len(chain.pages)] = chain.pages
-            self._listed[slot] = listed
-            for index, page in self._overlay.get(slot, {}).items():
-                self._table_CP[slot, index] = page
-        if self._open is not None:
-            mine = self._overlay.setdefault(slot, {})
-            for index in range(chain.cached // PAGE, (chain.cached + count - 1) // PAGE + 1):
-                if index not in mine:
-                    mine[index] = self._table_CP[slot, index] = self._open.take()
-
-    def _close_pages(self, parts: Iterable[Part]) -> None:
-        """Rewrite open pages that are now full in the format in which they are kept."""
-        if self._open is None:
-            return
-        for chain, count, _ in parts:
-            assert chain.slot is not None
-            mine, full = self._overlay[chain.slot], (chain.cached + count) // PAGE
-            for index in [i for i in mine if i < full]:
-                assert isinstance(self.step, NativeStep)
-                self.step.quantise(mine[index], chain.pages[index])
-                self._table_CP[chain.slot, index] = chain.pages[index]
-                self._open.give_back(mine.pop(index))
-
-    def _release_overlays(self) -> None:
-        """Open pages of slots whose chain has left."""
-        if self._open is None:
-            return
-        holders = {chain.slot: (chain, chain.left) for chain in self.scheduler.running}
-        for slot in list(self._overlay):
-            listed = self._listed[slot]
-            if listed is None or (listed.chain, listed.left) != holders.get(slot):
-                for page in self._overlay.pop(slot).values():
-                    self._open.give_back(page)
 
 
 def kv_shape_of(model: PreTrainedModel) -> KvShape:
