@@ -5,6 +5,7 @@ from enum import Enum
 
 from anabranch.errors import ConfigError
 from anabranch.scheduling.sampling import Sampling
+from anabranch.scheduling.thinking import Thinking
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     # A chain ends after any of these tokens, which it keeps.
     stop_tokens: frozenset[int] = frozenset()
+    # Forces an end of thought; its tokens count as new ones.
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -24,6 +27,13 @@ class Request:
         for name in ("max_new_tokens", "samples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, not {getattr(self, name)}", setting=name)
+        if self.thinking is not None and self.thinking.budget == 0:
+            forced = len(self.thinking.forced(()))
+            if self.max_new_tokens <= forced:
+                raise ConfigError(
+                    f"must be above the {forced} tokens of a thought that ends at once",
+                    setting="max_new_tokens",
+                )
 
 
 class End(Enum):
@@ -53,6 +63,9 @@ class Chain:
     left: int = 0
     end: End | None = None
 
+    def __post_init__(self) -> None:
+        self._force()
+
     @property
     def new_tokens(self) -> int:
         """Tokens generated so far."""
@@ -68,5 +81,14 @@ class Chain:
         self.tokens.append(token)
         if token in self.request.stop_tokens:
             self.end = End.STOP
-        elif self.new_tokens >= self.request.max_new_tokens:
+            return
+        self._force()
+        if self.new_tokens >= self.request.max_new_tokens:
             self.end = End.LENGTH
+
+    def _force(self) -> None:
+        """Append the end of thought where the budget is spent; the next step enters it like a prompt."""
+        request = self.request
+        if request.thinking is not None and self.new_tokens == request.thinking.budget:
+            forced = request.thinking.forced(self.tokens[len(request.prompt) :])
+            self.tokens += forced[: request.max_new_tokens - self.new_tokens]

@@ -62,12 +62,13 @@ class EngineSettings:
 
 
 class Completion(NamedTuple):
-    """One finished sample. tokens: the new ones. logprobs: of each under the model, before any sampling setting."""
+    """One finished sample. tokens: the new ones. logprobs: of each under the model, before any sampling setting;
+    None for one that was forced."""
 
     request: int
     sample: int
     tokens: list[int]
-    logprobs: list[float]
+    logprobs: list[float | None]
     end: End
 
 
@@ -92,7 +93,7 @@ class Engine:
         self.step = self._step(model, dtype)
         rewriter = self.step if isinstance(self.step, NativeStep) else None
         self.table = PageTable(self.limits.slots, self.limits.tokens, open_pages, rewriter)
-        self.logprobs: dict[Chain, list[float]] = {}
+        self.logprobs: dict[Chain, list[float | None]] = {}
 
     def __enter__(self) -> "Engine":
         return self
@@ -113,7 +114,7 @@ class Engine:
                 f"token {outside[0]} is not in a vocabulary of {self.step.vocab}", setting="prompt"
             )
         chains = self.scheduler.add(request)
-        self.logprobs.update((chain, []) for chain in chains)
+        self.logprobs.update((chain, [None] * chain.new_tokens) for chain in chains)
         return chains
 
     def cancel(self, chain: Chain) -> None:
@@ -121,7 +122,7 @@ class Engine:
         self.scheduler.cancel(chain)
 
     def advance(self) -> list[Chain]:
-        """One step. Returns the chains that got a token."""
+        """One step. Returns the chains that got a token; a forced end of thought comes with the token before."""
         parts = self.scheduler.plan()
         self.table.release(self.scheduler.running)
         if not parts:
@@ -136,6 +137,8 @@ class Engine:
                 self.logprobs[chain].append(logprob)
         self.table.close(parts)
         self.scheduler.done(parts, tokens)
+        for chain in got:
+            self.logprobs[chain] += [None] * (chain.new_tokens - len(self.logprobs[chain]))
         return got
 
     def generate(
