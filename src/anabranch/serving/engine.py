@@ -21,11 +21,10 @@ from anabranch.serving.decoder import read_decoder
 from anabranch.serving.pools import KvShape, allocate, first_page
 from anabranch.serving.sampler import sample
 from anabranch.serving.step.base import Rows, Step
-from anabranch.serving.step.native import NativeStep
+from anabranch.serving.step.native import WEIGHTS, NativeStep
 from anabranch.serving.step.torch_step import TorchStep
 from anabranch.serving.table import PageTable
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STEPS = ("auto", "native", "torch")
 MIB = 1 << 20
 
@@ -34,7 +33,7 @@ MIB = 1 << 20
 class EngineSettings:
     """How a model is served. Raises ConfigError naming the setting."""
 
-    # Of weights and activations: "float32" or "bfloat16"; None for the model's own.
+    # Of weights: "float32", "bfloat16" or "int8" (the native step's; activations are bf16); None for the model's own.
     dtype: str | None = None
     # Of cached keys and values: "float32", "bfloat16" or "int8"; None for `dtype`.
     kv_dtype: str | None = None
@@ -48,7 +47,7 @@ class EngineSettings:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        for name, value, known in (("dtype", self.dtype, (None, *DTYPES)), ("step", self.step, STEPS)):
+        for name, value, known in (("dtype", self.dtype, (None, *WEIGHTS)), ("step", self.step, STEPS)):
             if value not in known:
                 raise ConfigError(
                     f"{value!r} is not known; choose of {', '.join(map(str, known))}", setting=name
@@ -79,7 +78,8 @@ class Engine:
         self.settings = settings or EngineSettings()
         self.limits = self.settings.limits
         self.why_not_native: str | None = None
-        dtype = self.settings.dtype or str(model.dtype).removeprefix("torch.")
+        weights = self.settings.dtype or str(model.dtype).removeprefix("torch.")
+        dtype = "bfloat16" if weights == "int8" else weights
         kv_dtype = self.settings.kv_dtype or dtype
         self.kv_shape = kv_shape_of(model)
         pages = self.settings.kv_memory_mib * MIB // self.kv_shape.page_bytes(kv_dtype)
@@ -90,7 +90,7 @@ class Engine:
         if kv_dtype != dtype:
             open_pages = PagePool(2 * self.limits.slots + pages_of(self.limits.chunk), first_page(dtype))
             self.pools[dtype] = allocate(self.kv_shape, dtype, open_pages.pages)
-        self.step = self._step(model, dtype)
+        self.step = self._step(model, weights)
         rewriter = self.step if isinstance(self.step, NativeStep) else None
         self.table = PageTable(self.limits.slots, self.limits.tokens, open_pages, rewriter)
         self.logprobs: dict[Chain, list[float | None]] = {}
@@ -167,18 +167,18 @@ class Engine:
         self.scheduler.check()
         self.table.check()
 
-    def _step(self, model: PreTrainedModel, dtype: str) -> Step:
+    def _step(self, model: PreTrainedModel, weights: str) -> Step:
         wants = self.settings.step
         if wants != "torch" and (wants == "native" or model.device.type == "cpu"):
             try:
                 threads = self.settings.threads or os.cpu_count() or 1
                 decoder = read_decoder(model)
-                return NativeStep(decoder, DTYPES[dtype], self.pools, self.limits.tokens, threads)
+                return NativeStep(decoder, weights, self.pools, self.limits.tokens, threads)
             except (ConfigError, BuildError) as error:
                 if wants == "native":
                     raise
                 self.why_not_native = str(error)
-        if model.dtype != DTYPES[dtype]:
+        if str(model.dtype) != f"torch.{weights}":
             raise ConfigError(f"the torch step runs the model as it is, {model.dtype}", setting="dtype")
         return TorchStep(model, self.kv_shape, self.pools)
 

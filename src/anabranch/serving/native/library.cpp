@@ -1,4 +1,5 @@
 // The functions Python calls. None of them throws: sizes are checked there.
+#include <functional>
 #include <memory>
 
 #include "step.h"
@@ -9,14 +10,20 @@ using namespace anabranch;
 
 struct Handle {
     Handle(const AnabranchModel& model, int threads) : team(threads) {
-        if (model.bf16_weights)
-            narrow = std::make_unique<Step<BF16>>(model, team);
-        else
-            wide = std::make_unique<Step<F32>>(model, team);
+        switch (model.weights) {
+            case 0: run = runner<F32>(model); break;
+            case 1: run = runner<BF16>(model); break;
+            default: run = runner<INT8>(model);
+        }
     }
+
+    template <class Kind>
+    std::function<void(const AnabranchRows&)> runner(const AnabranchModel& model) {
+        return [step = std::make_shared<Step<Kind>>(model, team)](const AnabranchRows& rows) { step->run(rows); };
+    }
+
     Team team;
-    std::unique_ptr<Step<F32>> wide;
-    std::unique_ptr<Step<BF16>> narrow;
+    std::function<void(const AnabranchRows&)> run;
 };
 
 // Symmetric int8 of a page: keys with one scale a channel, values with one a token.
@@ -46,8 +53,7 @@ void* anabranch_open(const AnabranchModel* model, int threads) { return new Hand
 void anabranch_close(void* handle) { delete static_cast<Handle*>(handle); }
 
 void anabranch_step(void* handle, const AnabranchRows* rows) {
-    auto* open = static_cast<Handle*>(handle);
-    open->wide ? open->wide->run(*rows) : open->narrow->run(*rows);
+    static_cast<Handle*>(handle)->run(*rows);
 }
 
 int64_t anabranch_page_bytes(int layers, int heads, int dim, int format) {

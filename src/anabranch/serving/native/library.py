@@ -24,7 +24,7 @@ class Model(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int32) for name in (
-            "bf16_weights", "layers", "hidden", "heads", "kv_heads", "head_dim", "vocab", "rotary_dim",
+            "weights", "layers", "hidden", "heads", "kv_heads", "head_dim", "vocab", "rotary_dim",
             "normalise_top_k", "qk_norm_all",
         )),
         ("eps", c_float),

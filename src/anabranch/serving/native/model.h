@@ -10,28 +10,28 @@ struct AnabranchLayer {
     const float* mlp_norm;
     const float* q_norm;    // null where queries and keys are not normalised
     const float* k_norm;
-    const void* qkv;
+    const uint8_t* qkv;
     const float* qkv_bias;  // null where there is none
-    const void* out;
+    const uint8_t* out;
     const float* out_bias;
-    const float* router;    // fp32, packed; null for a dense layer, which is one expert for all
-    const void* gate_up;    // blocks of 32 gates and their 32 ups
-    const void* down;
-    const void* shared_gate_up;
-    const void* shared_down;
+    const uint8_t* router;  // fp32, packed; null for a dense layer, which is one expert for all
+    const uint8_t* gate_up;    // blocks of 32 gates and their 32 ups
+    const uint8_t* down;
+    const uint8_t* shared_gate_up;
+    const uint8_t* shared_down;
     const float* shared_gate;
     int32_t experts, top_k, width;  // width: padded to 32
     int32_t shared_width;           // 0 where no expert is shared
 };
 
 struct AnabranchModel {
-    int32_t bf16_weights;
+    int32_t weights;  // what matrices are packed as: 0 fp32, 1 bf16, 2 int8
     int32_t layers, hidden, heads, kv_heads, head_dim, vocab;
     int32_t rotary_dim, normalise_top_k, qk_norm_all;  // qk_norm_all: over all heads at once
     float eps;
     const void* embedding;  // [vocab][hidden]
     const float* final_norm;
-    const void* head;
+    const uint8_t* head;
     const float* cosines;   // [positions][rotary_dim / 2]
     const float* sines;
     const AnabranchLayer* layer;

@@ -16,29 +16,40 @@ def pad(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-def pack(weight_NK: Tensor) -> Tensor:
-    """Blocks of 64 outputs, input by input (pairs of inputs in bf16); outputs are padded with zeros.
+def pack(weight_NK: Tensor, kind: str) -> Tensor:
+    """Blocks of 64 outputs, input by input (pairs of inputs but in fp32); outputs are padded with zeros.
 
-    Leading dimensions stay in front.
+    Leading dimensions stay in front. kind: "float32", "bfloat16", or "int8", whose blocks of bytes begin with the
+    scales of their outputs.
     """
-    *lead, outputs, inputs = weight_NK.shape
-    weight_NK = nnf.pad(weight_NK, (0, 0, 0, pad(outputs, BLOCK) - outputs))
-    step = 2 if weight_NK.dtype == torch.bfloat16 else 1
-    blocks = weight_NK.reshape(*lead, -1, BLOCK, inputs // step, step)
-    return blocks.transpose(-3, -2).contiguous()
+    weight_NK = nnf.pad(weight_NK, (0, 0, 0, pad(weight_NK.shape[-2], BLOCK) - weight_NK.shape[-2]))
+    if kind == "int8":
+        scale_N = weight_NK.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127.0
+        whole_NK = (weight_NK.float() / scale_N).round().to(torch.int8)
+        scales = scale_N.unflatten(-2, (-1, BLOCK)).flatten(-2).contiguous()
+        return torch.cat(
+            [scales.view(torch.uint8), _blocks(whole_NK, 2).flatten(-3).view(torch.uint8)], dim=-1
+        )
+    dtype = getattr(torch, kind)
+    return _blocks(weight_NK.to(dtype), 1 if dtype == torch.float32 else 2)
 
 
-def pack_gate_up(gate_up_EXD: Tensor) -> Tensor:
+def pack_gate_up(gate_up_EXD: Tensor, kind: str) -> Tensor:
     """[gates; ups] of each expert as blocks of 32 gates and their 32 ups; the width is padded to 32."""
     gate_EFD, up_EFD = gate_up_EXD.chunk(2, dim=-2)
     parts = [_halves(part) for part in (gate_EFD, up_EFD)]
-    return pack(torch.cat(parts, dim=-2).flatten(-3, -2))
+    return pack(torch.cat(parts, dim=-2).flatten(-3, -2), kind)
 
 
-def pack_down(down_EDF: Tensor) -> Tensor:
+def pack_down(down_EDF: Tensor, kind: str) -> Tensor:
     """Outputs in blocks of 64; inputs padded as `pack_gate_up` pads the width."""
     width = down_EDF.shape[-1]
-    return pack(nnf.pad(down_EDF, (0, pad(width, HALF) - width)))
+    return pack(nnf.pad(down_EDF, (0, pad(width, HALF) - width)), kind)
+
+
+def _blocks(weight_NK: Tensor, step: int) -> Tensor:
+    *lead, _, inputs = weight_NK.shape
+    return weight_NK.reshape(*lead, -1, BLOCK, inputs // step, step).transpose(-3, -2).contiguous()
 
 
 def _halves(part_EFD: Tensor) -> Tensor:

@@ -35,7 +35,6 @@ struct Groups {
 template <class Kind>
 class Step {
     using Act = typename Kind::Act;
-    using Weight = typename Kind::Weight;
 
    public:
     Step(const AnabranchModel& model, Team& team)
@@ -60,6 +59,7 @@ class Step {
     struct Own {
         std::vector<float> scores, out, probabilities;
         std::vector<const Act*> inputs;
+        std::vector<bf16> block;
         Groups groups;
     };
 
@@ -128,9 +128,8 @@ class Step {
         const auto& rows = *rows_;
         auto& own = own_[member];
         gather(own, normal_, wide_, rows.rows);
-        const auto* qkv = static_cast<const Weight*>(layer.qkv);
         for (int b; (b = team_.take()) < qkv_wide_ / BLOCK;)
-            multiply_block<Kind>(qkv + int64_t{b} * BLOCK * model_.hidden, model_.hidden, own.inputs.data(), rows.rows,
+            multiply_block<Kind>(layer.qkv, b, model_.hidden, own.inputs.data(), rows.rows, own.block,
                                  [&](int r, const f32x16* sums) {
                                      keep(&qkv_[size_t(r) * qkv_wide_], layer.qkv_bias, b, sums);
                                  });
@@ -146,9 +145,8 @@ class Step {
             team_.meet();
         }
         gather(own, attended_, queries_, rows.rows);
-        const auto* out = static_cast<const Weight*>(layer.out);
         for (int b; (b = team_.take()) < wide_ / BLOCK;)
-            multiply_block<Kind>(out + int64_t{b} * BLOCK * queries_, queries_, own.inputs.data(), rows.rows,
+            multiply_block<Kind>(layer.out, b, queries_, own.inputs.data(), rows.rows, own.block,
                                  [&](int r, const f32x16* sums) {
                                      add(&residual_[size_t(r) * wide_], layer.out_bias, b, sums, 1.0f);
                                  });
@@ -226,7 +224,7 @@ class Step {
         own.probabilities.resize(padded(layer.experts, BLOCK));
         float* p = own.probabilities.data();
         for (int b = 0; b < padded(layer.experts, BLOCK) / BLOCK; ++b)
-            multiply_block<F32>(layer.router + int64_t{b} * BLOCK * model_.hidden, model_.hidden, &x, 1,
+            multiply_block<F32>(layer.router, b, model_.hidden, &x, 1, own.block,
                                 [&](int, const f32x16* sums) { keep(p, nullptr, b, sums); });
         softmax(p, layer.experts);
         float total = 0.0f;
@@ -248,7 +246,7 @@ class Step {
         for (int t; (t = team_.take()) < tasks;) {
             if (t < shared_blocks) {
                 gather(own, normal_, wide_, n);
-                gate_up(static_cast<const Weight*>(layer.shared_gate_up), t, own, n,
+                gate_up(layer.shared_gate_up, t, t, own, n,
                         [&](int m) { return &shared_[size_t(m) * layer.shared_width]; });
                 continue;
             }
@@ -257,8 +255,7 @@ class Step {
             own.inputs.resize(count);
             for (int m = 0; m < count; ++m)
                 own.inputs[m] = &normal_[size_t(groups.pair[first + m] / layer.top_k) * wide_];
-            const auto* all = static_cast<const Weight*>(layer.gate_up) + int64_t{e} * 2 * width * model_.hidden;
-            gate_up(all, b, own, count,
+            gate_up(layer.gate_up, int64_t{e} * blocks + b, b, own, count,
                     [&](int m) { return &hidden_[size_t(groups.pair[first + m]) * width]; });
         }
         team_.meet();
@@ -267,10 +264,10 @@ class Step {
     }
 
     template <class To>
-    void gate_up(const Weight* weights, int b, Own& own, int count, const To& to) {
-        multiply_block<Kind>(weights + int64_t{b} * BLOCK * model_.hidden, model_.hidden, own.inputs.data(), count,
+    void gate_up(const uint8_t* weights, int64_t block, int part, Own& own, int count, const To& to) {
+        multiply_block<Kind>(weights, block, model_.hidden, own.inputs.data(), count, own.block,
                              [&](int m, const f32x16* sums) {
-                                 Act* out = to(m) + b * (BLOCK / 2);
+                                 Act* out = to(m) + part * (BLOCK / 2);
                                  store(out, silu(sums[0]) * sums[2]);
                                  store(out + LANES, silu(sums[1]) * sums[3]);
                              });
@@ -284,17 +281,15 @@ class Step {
             const int first = groups.start[e], count = groups.start[e + 1] - first;
             own.inputs.resize(count);
             for (int m = 0; m < count; ++m) own.inputs[m] = &hidden_[size_t(groups.pair[first + m]) * width];
-            const auto* weights =
-                static_cast<const Weight*>(layer.down) + int64_t{e} * width * wide_ + int64_t{b} * BLOCK * width;
-            multiply_block<Kind>(weights, width, own.inputs.data(), count, [&](int m, const f32x16* sums) {
+            const int64_t block = int64_t{e} * (wide_ / BLOCK) + b;
+            multiply_block<Kind>(layer.down, block, width, own.inputs.data(), count, own.block, [&](int m, const f32x16* sums) {
                 const int pair = groups.pair[first + m];
                 add(&residual_[size_t(pair / layer.top_k) * wide_], nullptr, b, sums, weights_[pair]);
             });
         }
         if (layer.shared_width) {
             gather(own, shared_, layer.shared_width, rows_->rows);
-            const auto* weights = static_cast<const Weight*>(layer.shared_down) + int64_t{b} * BLOCK * layer.shared_width;
-            multiply_block<Kind>(weights, layer.shared_width, own.inputs.data(), rows_->rows,
+            multiply_block<Kind>(layer.shared_down, b, layer.shared_width, own.inputs.data(), rows_->rows, own.block,
                                  [&](int r, const f32x16* sums) {
                                      add(&residual_[size_t(r) * wide_], nullptr, b, sums, shared_weight_[r]);
                                  });
@@ -309,10 +304,9 @@ class Step {
         team_.meet();
         auto& own = own_[member];
         gather(own, normal_, wide_, rows.wanted);
-        const auto* head = static_cast<const Weight*>(model_.head);
         for (int b; (b = team_.take()) < wide / BLOCK;)
-            multiply_block<Kind>(head + int64_t{b} * BLOCK * model_.hidden, model_.hidden, own.inputs.data(),
-                                 rows.wanted, [&](int i, const f32x16* sums) {
+            multiply_block<Kind>(model_.head, b, model_.hidden, own.inputs.data(), rows.wanted, own.block,
+                                 [&](int i, const f32x16* sums) {
                                      keep(rows.logits + int64_t{i} * wide, nullptr, b, sums);
                                  });
         team_.meet();

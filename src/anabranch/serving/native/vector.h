@@ -30,15 +30,25 @@ inline f32x16 load(const float* p) {
 }
 
 inline f32x16 load(const bf16* p) {
+#ifdef __AVX512F__  // GCC 12 widens a vector of halves in two parts, and bytes one by one
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return reinterpret_cast<f32x16>(_mm512_slli_epi32(wide, 16));
+#else
     u16x16 half;
     std::memcpy(&half, p, sizeof half);
     return reinterpret_cast<f32x16>(__builtin_convertvector(half, u32x16) << 16);
+#endif
 }
 
 inline f32x16 load(const int8_t* p) {
+#ifdef __AVX512F__
+    return reinterpret_cast<f32x16>(
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#else
     i8x16 v;
     std::memcpy(&v, p, sizeof v);
     return __builtin_convertvector(__builtin_convertvector(v, i32x16), f32x16);
+#endif
 }
 
 inline void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
@@ -47,8 +57,12 @@ inline void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bf16* p, f32x16 v) {
     u32x16 bits = reinterpret_cast<u32x16>(v);
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+#ifdef __AVX512F__
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bits)));
+#else
     u16x16 half = __builtin_convertvector(bits, u16x16);
     std::memcpy(p, &half, sizeof half);
+#endif
 }
 
 inline float widen(float v) { return v; }

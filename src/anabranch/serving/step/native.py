@@ -16,25 +16,28 @@ from anabranch.serving.pools import FORMATS, KvShape, prefer_huge_pages
 from anabranch.serving.step.base import Outputs, Rows
 
 MAX_HEAD_DIM = 512
+# As model.h numbers them.
+WEIGHTS = ("float32", "bfloat16", "int8")
 
 
 class NativeStep:
     """Packs a decoder's weights, which it then owns, and runs steps on `threads` threads.
 
-    dtype: of weights and of what is multiplied with them, float32 or bfloat16; sums, norms, softmax and the residual
-    stream are fp32 in both. pools: uint8 pages by format, as `pools.allocate` makes them. Raises ConfigError for a
-    model whose sizes it cannot compute, and BuildError without a compiler.
+    weights: "float32", "bfloat16" or "int8" (a scale for each output). What is multiplied with them is fp32 for
+    float32 and bf16 else; sums, norms, softmax and the residual stream are fp32 always. pools: uint8 pages by
+    format, as `pools.allocate` makes them. Raises ConfigError for a model whose sizes it cannot compute, and
+    BuildError without a compiler.
     """
 
     name = "native"
 
     def __init__(
-        self, decoder: Decoder, dtype: torch.dtype, pools: dict[str, Tensor], positions: int, threads: int
+        self, decoder: Decoder, weights: str, pools: dict[str, Tensor], positions: int, threads: int
     ) -> None:
         _check(decoder)
         self.vocab = decoder.vocab
         self.kv_shape = KvShape(len(decoder.layers), decoder.kv_heads, decoder.head_dim)
-        self._library, self._dtype = library(), dtype
+        self._library, self._weights = library(), weights
         self._kept: list[Tensor] = []
         self._pools = pools
         self._pointers = (c_void_p * len(FORMATS))(
@@ -86,11 +89,12 @@ class NativeStep:
 
     def _model(self, decoder: Decoder, positions: int) -> Model:
         cosines, sines = decoder.angles(positions)
+        acts = torch.float32 if self._weights == "float32" else torch.bfloat16
         return Model(
-            int(self._dtype == torch.bfloat16), len(decoder.layers), decoder.hidden, decoder.heads, decoder.kv_heads,
+            WEIGHTS.index(self._weights), len(decoder.layers), decoder.hidden, decoder.heads, decoder.kv_heads,
             decoder.head_dim, decoder.vocab, 2 * cosines.shape[1], int(decoder.normalise_top_k),
-            int(decoder.qk_norm_all), decoder.eps, self._keep(decoder.embedding_VD.to(self._dtype)),
-            self._fp32(decoder.final_norm_D), self._keep(pack(decoder.head_VD.to(self._dtype))),
+            int(decoder.qk_norm_all), decoder.eps, self._keep(decoder.embedding_VD.to(acts)),
+            self._fp32(decoder.final_norm_D), self._packed(decoder.head_VD),
             self._fp32(cosines), self._fp32(sines), self._layers,
         )  # fmt: skip
 
@@ -103,18 +107,18 @@ class NativeStep:
             self._fp32(layer.attention_norm_D), self._fp32(layer.mlp_norm_D), self._fp32(attention.q_norm),
             self._fp32(attention.k_norm), self._packed(attention.qkv_ND), self._fp32(attention.qkv_bias_N, wide),
             self._packed(attention.out_DN), self._fp32(attention.out_bias_D, pad(decoder.hidden, BLOCK)),
-            None if experts.router_ED is None else self._keep(pack(experts.router_ED.float())),
+            None if experts.router_ED is None else self._keep(pack(experts.router_ED, "float32")),
             *self._expert_pair(experts), *((None, None) if shared is None else self._expert_pair(shared)),
             self._fp32(experts.shared_gate_D), experts.gate_up_EXD.shape[0], experts.top_k, _width(experts),
             0 if shared is None else _width(shared),
         )  # fmt: skip
 
     def _expert_pair(self, experts: Experts) -> tuple[int, int]:
-        gate_up = pack_gate_up(experts.gate_up_EXD.to(self._dtype))
-        return self._keep(gate_up), self._keep(pack_down(experts.down_EDF.to(self._dtype)))
+        gate_up = pack_gate_up(experts.gate_up_EXD, self._weights)
+        return self._keep(gate_up), self._keep(pack_down(experts.down_EDF, self._weights))
 
     def _packed(self, weight_NK: Tensor) -> int:
-        return self._keep(pack(weight_NK.to(self._dtype)))
+        return self._keep(pack(weight_NK, self._weights))
 
     def _fp32(self, tensor: Tensor | None, wide: int = 0) -> int | None:
         """Padded with zeros to `wide`."""
