@@ -20,7 +20,7 @@ from anabranch.scheduling.scheduler import Limits, Part, Scheduler
 from anabranch.serving.decoder import read_decoder
 from anabranch.serving.pools import KvShape, allocate, first_page
 from anabranch.serving.sampler import sample
-from anabranch.serving.step.base import Rows, Step
+from anabranch.serving.step.base import Outputs, Rows, Step
 from anabranch.serving.step.native import WEIGHTS, NativeStep
 from anabranch.serving.step.torch_step import TorchStep
 from anabranch.serving.table import PageTable
@@ -94,6 +94,8 @@ class Engine:
         rewriter = self.step if isinstance(self.step, NativeStep) else None
         self.table = PageTable(self.limits.slots, self.limits.tokens, open_pages, rewriter)
         self.logprobs: dict[Chain, list[float | None]] = {}
+        # Called after each step, while its parts are as they entered.
+        self.watchers: list[Callable[[Sequence[Part], Outputs], None]] = []
 
     def __enter__(self) -> "Engine":
         return self
@@ -128,6 +130,8 @@ class Engine:
         if not parts:
             return []
         outputs = self.step.run(self._rows(parts))
+        for watcher in self.watchers:
+            watcher(parts, outputs)
         got = [part.chain for part in parts if part.last]
         tokens = sample(outputs.logits_WV, outputs.best_W, got)
         if tokens:

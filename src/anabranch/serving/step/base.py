@@ -1,6 +1,7 @@
 """What a step takes and gives, whoever computes it.
 
-Shape suffixes: T rows of the step, W wanted rows, C chains, P pages of a chain, V vocabulary.
+Shape suffixes: T rows of the step, W wanted rows, C chains, P pages of a chain, V vocabulary, L layers with experts,
+K experts a token.
 """
 
 from typing import NamedTuple, Protocol
@@ -31,18 +32,24 @@ class Rows(NamedTuple):
 
 class Outputs(NamedTuple):
     """logits_WV: fp32. best_W: the most probable token. log_total_W: log of the sum of exponentials of the logits,
-    so that logits - log_total are log-probabilities. Valid until the next step."""
+    so that logits - log_total are log-probabilities. routed_LTK: each row's experts, None unless asked for. Valid until
+    the next step."""
 
     logits_WV: Tensor
     best_W: Int32
     log_total_W: NDArray[np.float32]
+    routed_LTK: Int32 | None = None
 
 
 class Step(Protocol):
-    """Runs rows through a model, reading and extending the pages of their chains."""
+    """Runs rows through a model, reading and extending the pages of their chains.
+
+    routing: whether outputs tell the experts of each row; the caller's to set.
+    """
 
     name: str
     vocab: int
+    routing: bool
 
     def run(self, rows: Rows) -> Outputs:
         """Logits of the wanted rows; keys and values of all rows are cached when it returns."""

@@ -35,7 +35,9 @@ class NativeStep:
         self, decoder: Decoder, weights: str, pools: dict[str, Tensor], positions: int, threads: int
     ) -> None:
         _check(decoder)
-        self.vocab = decoder.vocab
+        self.vocab, self.routing = decoder.vocab, False
+        self._top_k = max(layer.experts.top_k for layer in decoder.layers)
+        self._routers = [i for i, layer in enumerate(decoder.layers) if layer.experts.router_ED is not None]
         self.kv_shape = KvShape(len(decoder.layers), decoder.kv_heads, decoder.head_dim)
         self._library, self._weights = library(), weights
         self._kept: list[Tensor] = []
@@ -62,16 +64,20 @@ class NativeStep:
             self._logits_WV = torch.empty(wanted, self._logits_WV.shape[1])
             self._best_W = np.empty(wanted, dtype=np.int32)
             self._log_total_W = np.empty(wanted, dtype=np.float32)
+        layers, tokens = len(self._layers), len(rows.token_T)
+        routed_LTK = np.empty((layers, tokens, self._top_k), dtype=np.int32) if self.routing else None
         native = NativeRows(
             len(rows.token_T), wanted, int(rows.one_each), rows.table_CP.shape[1],
             rows.token_T.ctypes.data, rows.position_T.ctypes.data, rows.length_T.ctypes.data,
             rows.chain_T.ctypes.data, rows.table_CP.ctypes.data, rows.want_W.ctypes.data, self._pointers,
-            self._logits_WV.data_ptr(), self._best_W.ctypes.data, self._log_total_W.ctypes.data, None, None,
+            self._logits_WV.data_ptr(), self._best_W.ctypes.data, self._log_total_W.ctypes.data,
+            None if routed_LTK is None else routed_LTK.ctypes.data, None,
         )  # fmt: skip
         self._library.anabranch_step(self._handle, ctypes.byref(native))
         return Outputs(
-            self._logits_WV[:wanted, : self.vocab], self._best_W[:wanted], self._log_total_W[:wanted]
-        )
+            self._logits_WV[:wanted, : self.vocab], self._best_W[:wanted], self._log_total_W[:wanted],
+            None if routed_LTK is None else routed_LTK[self._routers],
+        )  # fmt: skip
 
     def quantise(self, page: int, to: int) -> None:
         """Rewrite a full page as an int8 page."""

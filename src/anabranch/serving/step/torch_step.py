@@ -15,6 +15,7 @@ from torch.nn import functional as nnf
 from transformers import AttentionInterface, PreTrainedModel
 
 from anabranch.errors import ConfigError
+from anabranch.integrations.routers import experts_modules
 from anabranch.scheduling.pages import PAGE
 from anabranch.serving.pools import KvShape
 from anabranch.serving.step.base import Outputs, Rows
@@ -47,6 +48,7 @@ class TorchStep:
                 "the torch step keeps keys and values as float32 or bfloat16", setting="kv_dtype"
             )
         self.model, self.vocab = model, model.config.get_text_config().vocab_size
+        self.routing = False
         numbers = PAGE * kv_shape.dim
         parts = pools[kind].view(DTYPES[kind]).view(-1, kv_shape.layers, kv_shape.heads, 2, numbers)
         self._keys = parts[:, :, :, 0].unflatten(-1, (kv_shape.dim, PAGE))
@@ -58,6 +60,10 @@ class TorchStep:
 
     @torch.no_grad()
     def run(self, rows: Rows) -> Outputs:
+        seen: list[Tensor] = []
+        # Only now: the model may be trained between two steps.
+        watched = experts_modules(self.model) if self.routing else []
+        hooks = [m.register_forward_pre_hook(lambda _, args: seen.append(args[1])) for m in watched]
         before: Any = self.model.config._attn_implementation
         self.model.set_attn_implementation(NAME)
         try:
@@ -70,9 +76,15 @@ class TorchStep:
             )
         finally:
             self.model.set_attn_implementation(before)
+            for hook in hooks:
+                hook.remove()
         logits_WV = out.logits[0].float()
+        routed_LTK = torch.stack(seen).int().cpu().numpy() if seen else None
         return Outputs(
-            logits_WV, logits_WV.argmax(-1).int().cpu().numpy(), logits_WV.logsumexp(-1).cpu().numpy()
+            logits_WV,
+            logits_WV.argmax(-1).int().cpu().numpy(),
+            logits_WV.logsumexp(-1).cpu().numpy(),
+            routed_LTK,
         )
 
     def close(self) -> None:
