@@ -2,6 +2,7 @@
 #include <functional>
 #include <memory>
 
+#include "invariant.h"
 #include "step.h"
 
 namespace {
@@ -74,4 +75,17 @@ void anabranch_quantise(uint8_t* const* pools, int layers, int heads, int dim, i
                 quantise_head(reinterpret_cast<const bf16*>(page), out, dim);
         }
 }
+
+// Rows of x, sorted into groups; group e, which ends before ends[e], is multiplied with matrix e of `weights`
+// [groups][outputs][inputs].
+void anabranch_product(const float* x, const float* weights, const int32_t* ends, float* out, int groups, int inputs,
+                       int outputs) {
+    Product product;
+    for (int e = 0, first = 0; e < groups; first = ends[e++])
+        if (ends[e] > first)
+            product.run(x + int64_t{first} * inputs, weights + int64_t{e} * outputs * inputs,
+                        out + int64_t{first} * outputs, ends[e] - first, inputs, outputs);
+}
+
+void anabranch_attention(const AnabranchAttention* call) { RowAttention(*call).run(); }
 }

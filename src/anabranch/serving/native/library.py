@@ -44,6 +44,23 @@ class Rows(ctypes.Structure):
     )
 
 
+class Heads(ctypes.Structure):
+    """`AnabranchHeads`."""
+
+    _fields_ = (("data", c_void_p), *((name, c_int64) for name in ("sequence", "head", "token")))
+
+
+class Attention(ctypes.Structure):
+    """`AnabranchAttention`."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("sequences", "heads", "kv_heads", "rows", "tokens", "dim")),
+        ("scale", c_float),
+        *((name, Heads) for name in ("query", "key", "value")),
+        *((name, c_void_p) for name in ("first", "last", "out")),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The library of this machine, with typed functions. Raises BuildError."""
@@ -55,4 +72,7 @@ def library() -> ctypes.CDLL:
     made.anabranch_page_bytes.restype = c_int64
     made.anabranch_quantise.argtypes = [POINTER(c_void_p), c_int, c_int, c_int, c_int32, c_int32]
     made.anabranch_quantise.restype = None
+    made.anabranch_product.argtypes = [*[c_void_p] * 4, *[c_int] * 3]
+    made.anabranch_product.restype = None
+    made.anabranch_attention.argtypes, made.anabranch_attention.restype = [POINTER(Attention)], None
     return made
