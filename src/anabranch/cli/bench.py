@@ -1,4 +1,4 @@
-"""`anabranch bench`: planner, balance, cluster and codecs."""
+"""`anabranch bench`: what is measured, and how its figures are shown."""
 
 import os
 import tempfile
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from anabranch.cli.bench_balance import BalanceBench
 from anabranch.cli.bench_codecs import bench_codecs
+from anabranch.cli.bench_generate import Model, bench_generate, require_vllm, train_small
 from anabranch.cli.bench_planner import bench_planner
 from anabranch.cli.cluster_grid import (
     MODEL,
@@ -24,6 +25,7 @@ from anabranch.cli.cluster_grid import (
     verdict,
 )
 from anabranch.cli.fail import fails_clearly
+from anabranch.cli.generate_cases import RANDOM, TRAINED, full_cases, quick_cases, vllm_cases, write_model
 from anabranch.cli.launch import launch
 from anabranch.cli.process import under_torchrun
 from anabranch.cli.results import require_json_file, write_results
@@ -33,6 +35,11 @@ from anabranch.transport.choose import require_transport
 from anabranch.workload.trace import load_trace
 
 bench = typer.Typer(help="Measure; every figure in the documentation comes from here.", no_args_is_help=True)
+
+GENERATE_COLUMNS = (
+    "model", "engine", "dtype", "kv_dtype", "batch", "samples", "prompt_tokens", "new_tokens", "tokens_per_s", "spread",
+    "roof_fraction", "bound_by", "bytes_per_token", "resident_mib",
+)  # fmt: skip
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="write {machine, rows} to this file")]
 
@@ -131,6 +138,44 @@ def codecs(
     columns = ("dispatch_wire", "combine_wire", "bytes_a_number", "eval_loss", "eval_loss_change_percent",
                "gradient_relative_error", "gradient_cosine")  # fmt: skip
     _report(rows, columns, json_file)
+
+
+@bench.command()
+@fails_clearly
+def generate(
+    json_file: JsonFile = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="under 4 minutes: one model, the main sizes")
+    ] = False,
+    trained: Annotated[
+        Path | None, typer.Option(help="where the trained preset `small` is kept [default: trained anew]")
+    ] = None,
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="a Python that has vLLM for CPU, to compare with")
+    ] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="only this engine; repeatable")] = None,
+) -> None:
+    """Decode by each engine, beside this machine's roofs, measured in the same run."""
+    require_json_file(json_file)
+    require_vllm(vllm_python)
+    cases = quick_cases() if quick else full_cases()
+    cases += vllm_cases(cases) if vllm_python is not None else []
+    if unknown := set(engine or ()) - {case.engine for case in cases}:
+        known = ", ".join(dict.fromkeys(case.engine for case in cases))
+        raise ConfigError(f"{sorted(unknown)[0]!r} is not measured; choose of {known}", setting="engine")
+    cases = [case for case in cases if case.engine in (engine or (case.engine,))]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="anabranch-generate-") as name:
+        folder = Path(name)
+        write_model(folder / RANDOM)
+        models = [Model(RANDOM, folder / RANDOM)]
+        if not quick:
+            models.append(Model(TRAINED, train_small(trained or folder)))
+        for more in bench_generate(models, cases, vllm_python):
+            rows += more
+            _report(more, GENERATE_COLUMNS, None)
+            # After each engine: an interruption keeps what was measured.
+            write_results(json_file, rows)
 
 
 def natural_trace(preset: str = "tiny") -> Path:

@@ -9,6 +9,7 @@ import torch
 from anabranch.cli.bench_balance import bench_balance_rank
 from anabranch.cli.bench_cluster import bench_cluster_rank
 from anabranch.cli.bench_codecs import codec_gradients_rank
+from anabranch.cli.generate_engines import measure_rank
 from anabranch.cli.process import quiet
 from anabranch.cli.train import train_rank
 from anabranch.training.agreement import leave
@@ -17,6 +18,7 @@ JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "bench_balance": bench_balance_rank,
     "bench_cluster": bench_cluster_rank,
     "codec_gradients": codec_gradients_rank,
+    "measure_generate": measure_rank,
     "train": train_rank,
 }
 

@@ -1,0 +1,170 @@
+"""`anabranch bench generate`: how fast engines decode, beside what this machine could do at most."""
+
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from anabranch.cli.generate_cases import TRAINED, VLLM, GenerateCase, Sizes, prompts_of, sizes_of
+from anabranch.cli.generate_engines import ROUNDS, Rate, rate_of_runs
+from anabranch.cli.launch import launch
+from anabranch.costs.decode import Roof, decode_bound
+from anabranch.errors import AnabranchError, ConfigError
+from anabranch.scheduling.pages import PAGE
+from anabranch.training.config import RunConfig
+
+GIB = 1 << 30
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}
+ROOF_S = 1.5
+TRAIN_STEPS = 60
+VLLM_S = 900
+
+
+class Model(NamedTuple):
+    """A folder that every engine loads. name: RANDOM or TRAINED."""
+
+    name: str
+    folder: Path
+
+
+def measure_roofs() -> dict[str, Roof]:
+    """Of each precision of products, with all cores: torch's sum of 256 MiB, and its product of 2,048 squared.
+
+    int8 weights are multiplied as bf16 by most engines, and by this machine's integer products at best: its roof is
+    that of torch's int8 product.
+    """
+    torch.set_num_threads(os.cpu_count() or 1)
+    much = torch.rand(1 << 26)
+    read_gbps = much.nbytes / _least_s(much.sum) / 1e9
+    n = 2048
+    wide = torch.rand(n, n)
+    half, whole = wide.bfloat16(), (wide * 100).to(torch.int8)
+    products: dict[str, Callable[[], Any]] = {
+        "float32": lambda: wide @ wide,
+        "bfloat16": lambda: half @ half,
+        "int8": lambda: torch._int_mm(whole, whole),
+    }
+    return {name: Roof(read_gbps, 2 * n**3 / _least_s(product) / 1e9) for name, product in products.items()}
+
+
+def _least_s(work: Callable[[], Any]) -> float:
+    times: list[float] = []
+    until_s = time.perf_counter() + ROOF_S
+    while time.perf_counter() < until_s:
+        began_s = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began_s)
+    return min(times)
+
+
+def bench_generate(
+    models: list[Model], cases: list[GenerateCase], vllm_python: Path | None
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows, as engines come to be measured: each in a process of its own, those of one dtype one after the other."""
+    roofs = measure_roofs()
+    for model in models:
+        sizes = sizes_of(model.folder)
+        groups: dict[tuple[str, str], list[GenerateCase]] = {}
+        for case in sorted(cases, key=lambda c: c.dtype):
+            groups.setdefault((case.engine, case.dtype), []).append(case)
+        for (engine, _), group in groups.items():
+            if engine == VLLM:
+                assert vllm_python is not None
+                rates = vllm_rates(model.folder, group, vllm_python)
+            else:
+                settings = {"model": str(model.folder), "cases": [asdict(case) for case in group]}
+                rates = [Rate(**rate) for rate in launch("measure_generate", settings, 1)["rates"]]
+            yield [_row(model, sizes, roofs, c, rate) for c, rate in zip(group, rates, strict=True)]
+
+
+def _row(
+    model: Model, sizes: Sizes, roofs: dict[str, Roof], case: GenerateCase, rate: Rate
+) -> dict[str, Any]:
+    kv_bytes = sizes.kv.page_bytes(case.kv_dtype) / PAGE
+    # Half of the new tokens are cached in the mean; prompts that samples share are read once.
+    cached = case.batch * (case.prompt_tokens / case.samples + case.new_tokens / 2)
+    bound = decode_bound(
+        sizes.decode, roofs[case.dtype], case.batch, cached, WEIGHT_BYTES[case.dtype], kv_bytes
+    )
+    return {
+        "model": model.name,
+        **asdict(case),
+        "tokens_per_s": round(rate.tokens_per_s, 1),
+        "spread": round(rate.spread, 3),
+        "bytes_per_token": round(bound.read_bytes / case.batch),
+        "roof_tokens_per_s": round(1e3 * case.batch / bound.step_ms, 1),
+        "roof_fraction": round(rate.tokens_per_s * bound.step_ms / 1e3 / case.batch, 4),
+        "bound_by": bound.by,
+        "read_gbps": round(roofs[case.dtype].read_gbps, 1),
+        "gflops": round(roofs[case.dtype].gflops, 1),
+        "resident_mib": round(rate.resident_mib),
+        "kv_tokens_per_gib": round(GIB / kv_bytes),
+    }
+
+
+def vllm_rates(folder: Path, cases: list[GenerateCase], python: Path) -> list[Rate]:
+    """Of an environment that has vLLM. Raises AnabranchError with the end of what it said where it fails."""
+    job = {
+        "model": str(folder),
+        "dtype": cases[0].dtype,
+        "rounds": ROUNDS + 1,
+        "tokens": max(case.prompt_tokens + case.new_tokens for case in cases) + 16,
+        "chains": max(case.batch for case in cases),
+        "cases": [{**asdict(case), "prompts": _fresh_prompts(folder, case)} for case in cases],
+    }
+    script = Path(__file__).parent / "vllm_decode.py"
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(job, file)
+        file.flush()
+        # On CPU vLLM keeps one core for itself unless told which to use.
+        cores = f"0-{(os.cpu_count() or 1) - 1}"
+        done = subprocess.run(
+            [str(python), str(script), file.name], capture_output=True, text=True, timeout=VLLM_S, check=False,
+            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "4"},
+        )  # fmt: skip
+    if done.returncode:
+        raise AnabranchError(f"vLLM ended with {done.returncode}: {done.stderr[-1500:]}")
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    return [
+        rate_of_runs(case, seconds["one"], seconds["all"], seconds["resident_mib"])
+        for case, seconds in zip(cases, told, strict=True)
+    ]
+
+
+def _fresh_prompts(folder: Path, case: GenerateCase) -> list[list[list[int]]]:
+    """Prompts of each of its runs: of no run twice, since vLLM remembers them."""
+    count = case.batch // case.samples
+    prompts = prompts_of(folder, 2 * (ROUNDS + 1) * count, case.prompt_tokens)
+    return [prompts[i : i + count] for i in range(0, len(prompts), count)]
+
+
+def require_vllm(python: Path | None) -> None:
+    """Raise ConfigError where an interpreter was named that has no vLLM."""
+    if python is not None:
+        found = subprocess.run([str(python), "-c", "import vllm"], capture_output=True, check=False)
+        if found.returncode:
+            raise ConfigError(f"{python} cannot import vllm; name one that can", setting="vllm_python")
+
+
+def train_small(folder: Path) -> Path:
+    """The preset `small`, trained for some steps on the standard library; a folder that has it is taken as it is."""
+    out = folder / "small"
+    if not (out / "model" / "config.json").exists():
+        config = RunConfig(
+            model=TRAINED,
+            ranks=1,
+            steps=TRAIN_STEPS,
+            out=str(out),
+            save_every=0,
+            eval_every=0,
+            dtype="bfloat16",
+        )
+        launch("train", config.to_dict(), 1)
+    return out / "model"

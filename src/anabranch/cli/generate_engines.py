@@ -1,0 +1,141 @@
+"""One engine at a time decodes: tokens a second with all chains running, and the memory it then holds.
+
+Ours is timed step by step once every prompt is in. The others are timed whole: a run of many new tokens less a run
+of one, both on prompts that nobody has seen before.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from anabranch.cli.generate_cases import BATCHED, OURS, TRANSFORMERS, GenerateCase, prompts_of
+from anabranch.scheduling.chain import Request
+from anabranch.scheduling.pages import PAGE, pages_of
+from anabranch.scheduling.sampling import Sampling
+from anabranch.scheduling.scheduler import Limits
+from anabranch.serving.engine import Engine, EngineSettings
+
+MIB = 1 << 20
+CHUNK = 512
+# Parts of our run, and runs of the others: their median counts, and their spread is told.
+ROUNDS = 3
+
+
+class Rate(NamedTuple):
+    """tokens_per_s: decoded, of all chains together. spread: largest over smallest of the rounds."""
+
+    tokens_per_s: float
+    spread: float
+    resident_mib: float
+
+
+def measure_rank(settings: dict[str, Any]) -> dict[str, Any]:
+    """The job of one process: the rates of `cases`, all of one engine and one dtype."""
+    cases = [GenerateCase.from_dict(case) for case in settings["cases"]]
+    rates = ENGINES[cases[0].engine](Path(settings["model"]), cases)
+    return {"rates": [rate._asdict() for rate in rates]}
+
+
+def _ours(folder: Path, cases: list[GenerateCase]) -> list[Rate]:
+    dtype = "bfloat16" if cases[0].dtype == "int8" else cases[0].dtype
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return [_ours_once(folder, model, case) for case in cases]
+
+
+def _ours_once(folder: Path, model: Any, case: GenerateCase) -> Rate:
+    # Chains that are in early decode while others enter: they need room for that too.
+    entering = case.batch * case.prompt_tokens // CHUNK + 16
+    tokens = case.prompt_tokens + case.new_tokens + entering
+    prompts = prompts_of(folder, case.batch // case.samples, case.prompt_tokens)
+    sampling = Sampling() if case.samples == 1 else Sampling(temperature=1.0)
+    settings = EngineSettings(
+        case.dtype,
+        case.kv_dtype,
+        kv_memory_mib=_kv_mib(model.config, case, pages_of(tokens) * PAGE),
+        step="native",
+        limits=Limits(case.batch, CHUNK, tokens),
+    )
+    with Engine(model, settings) as engine:
+        for prompt in prompts:
+            engine.submit(Request(tuple(prompt), case.new_tokens + entering, case.samples, sampling))
+        while len(engine.advance()) < case.batch:
+            pass
+        part = max(1, case.new_tokens // ROUNDS)
+        rates: list[float] = []
+        for _ in range(ROUNDS):
+            began_s = time.perf_counter()
+            decoded = sum(len(engine.advance()) for _ in range(part))
+            rates.append(decoded / (time.perf_counter() - began_s))
+        return _rate(rates, _resident_mib())
+
+
+def _kv_mib(config: Any, case: GenerateCase, tokens: int) -> int:
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    width = {"float32": 4.0, "bfloat16": 2.0}.get(case.kv_dtype, 1.5)
+    return int(case.batch * tokens * numbers * width) // MIB + 16
+
+
+def _transformers(folder: Path, cases: list[GenerateCase]) -> list[Rate]:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=cases[0].dtype).eval()
+
+    def run(prompts: list[list[int]], new_tokens: int) -> None:
+        model.generate(
+            torch.tensor(prompts), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+        )  # fmt: skip
+
+    return [_difference(folder, case, run) for case in cases]
+
+
+def _transformers_batch(folder: Path, cases: list[GenerateCase]) -> list[Rate]:
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=cases[0].dtype, attn_implementation="paged|sdpa"
+    ).eval()
+
+    def run(prompts: list[list[int]], new_tokens: int) -> None:
+        config = GenerationConfig(
+            max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cuda_graph=False
+        )
+        model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+
+    return [_difference(folder, case, run) for case in cases]
+
+
+def _difference(folder: Path, case: GenerateCase, run: Callable[[list[list[int]], int], None]) -> Rate:
+    took: dict[int, list[float]] = {1: [], case.new_tokens: []}
+    prompts = prompts_of(folder, 2 * (ROUNDS + 1) * case.batch, case.prompt_tokens)
+    for _ in range(ROUNDS + 1):
+        for new_tokens, seconds in took.items():
+            mine, prompts = prompts[: case.batch], prompts[case.batch :]
+            began_s = time.perf_counter()
+            run(mine, new_tokens)
+            seconds.append(time.perf_counter() - began_s)
+    return rate_of_runs(case, took[1], took[case.new_tokens], _resident_mib())
+
+
+def rate_of_runs(case: GenerateCase, one_s: list[float], all_s: list[float], resident_mib: float) -> Rate:
+    """By what a run of all new tokens takes longer than a run of one. The first of each is a warm-up."""
+    decoded = case.batch * (case.new_tokens - 1)
+    prefill_s = statistics.median(one_s[1:])
+    return _rate([decoded / max(s - prefill_s, 1e-9) for s in all_s[1:]], resident_mib)
+
+
+def _rate(rates: list[float], resident_mib: float) -> Rate:
+    return Rate(statistics.median(rates), max(rates) / min(rates), resident_mib)
+
+
+def _resident_mib() -> float:
+    """Of this process, now."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+ENGINES: dict[str, Callable[[Path, list[GenerateCase]], list[Rate]]] = {
+    OURS: _ours,
+    TRANSFORMERS: _transformers,
+    BATCHED: _transformers_batch,
+}
