@@ -76,6 +76,15 @@ class Chain:
         """Tokens whose keys and values are not cached yet; 1 while decoding."""
         return len(self.tokens) - self.cached
 
+    @property
+    def room(self) -> int:
+        """Tokens it may get before it is full or an end of thought is forced."""
+        thinking = self.request.thinking
+        full = self.request.max_new_tokens - self.new_tokens
+        if thinking is None or self.new_tokens >= thinking.budget:
+            return full
+        return min(full, thinking.budget - self.new_tokens)
+
     def append(self, token: int) -> None:
         """Add a generated token, and end the chain where it stops or is full."""
         self.tokens.append(token)

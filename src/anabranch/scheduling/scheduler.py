@@ -5,7 +5,7 @@ youngest chain gives its pages back and waits again; what it has generated is th
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from anabranch.errors import ConfigError
 from anabranch.scheduling.chain import Chain, End, Request
 from anabranch.scheduling.pages import PAGE, PagePool, pages_of
 from anabranch.scheduling.prefix import PrefixTree
+from anabranch.scheduling.speculation import Speculator
 
 
 @dataclass(frozen=True)
@@ -30,29 +31,40 @@ class Limits:
 
 
 class Part(NamedTuple):
-    """Tokens of one chain that enter a step: so many after those cached. last: its logits are wanted."""
+    """Tokens of one chain that enter a step: so many after those cached, guesses of a draft the last of them.
+
+    last: the logits of its last token are wanted, and with a draft those of each guess.
+    """
 
     chain: Chain
     tokens: int
     last: bool
+    draft: tuple[int, ...] = ()
+
+    def entered(self, got: int) -> int:
+        """Tokens that stay cached where the chain got so many: those before the draft, and guesses that came true."""
+        return self.tokens - len(self.draft) + max(got - 1, 0)
 
 
 @dataclass
 class Tally:
-    """Counts since the start. reused: prompt tokens found in the prefix tree."""
+    """Counts since the start. reused: prompt tokens found in the prefix tree. drafted, accepted: guessed tokens."""
 
     steps: int = 0
     preempted: int = 0
     reused: int = 0
     prefilled: int = 0
     decoded: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Scheduler:
     """Decides; the engine computes what `plan` returns and tells the outcome by `done`."""
 
-    def __init__(self, limits: Limits, pool: PagePool) -> None:
+    def __init__(self, limits: Limits, pool: PagePool, speculator: Speculator | None = None) -> None:
         self.limits, self.pool, self.tally = limits, pool, Tally()
+        self.speculator = speculator
         self.prefixes = PrefixTree(pool)
         self.waiting: deque[Chain] = deque()
         self.running: list[Chain] = []
@@ -85,9 +97,10 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def plan(self) -> list[Part]:
-        """The next step's tokens: one of each decoding chain, and prompt tokens up to the chunk."""
+        """The next step's tokens: one of each decoding chain and its draft, and prompt tokens up to the chunk."""
         self.tally.steps += 1
         self._admit()
+        drafts = self._drafts()
         parts: list[Part] = []
         budget = self.limits.chunk
         for chain in sorted(self.running, key=lambda c: c.arrival):
@@ -97,27 +110,44 @@ class Scheduler:
             if count == 0 or not self._make_room(chain, count):
                 continue
             budget -= count if chain.remaining > 1 else 0
-            parts.append(Part(chain, count, count == chain.remaining))
+            draft = drafts.get(chain, ())
+            if pages_of(chain.cached + count + len(draft)) - len(chain.pages) > self.pool.free:
+                draft = ()  # no chain gives way to a guess
+            self._make_room(chain, count + len(draft))
+            parts.append(Part(chain, count + len(draft), count == chain.remaining, draft))
         return parts
 
-    def done(self, parts: Iterable[Part], tokens: Iterable[int]) -> None:
-        """The parts are cached; `tokens` are the next tokens of those whose last was wanted, in order."""
+    def done(self, parts: Iterable[Part], tokens: Iterable[Sequence[int]]) -> None:
+        """The parts are cached. tokens: those that each part whose logits were wanted got, in order: the guesses of
+        its draft that came true, and one more. Pages that rejected guesses reached stay the chain's."""
         following = iter(tokens)
         for part in parts:
             chain, prompt = part.chain, len(part.chain.request.prompt)
-            if part.last and part.tokens == 1:
-                self.tally.decoded += 1
+            got = next(following) if part.last else ()
+            entered = part.entered(len(got))
+            if part.last and part.tokens == 1 + len(part.draft):
+                self.tally.decoded += len(got)
             else:
-                self.tally.prefilled += part.tokens
-            fresh = chain.cached < prompt <= chain.cached + part.tokens
-            chain.cached += part.tokens
+                self.tally.prefilled += entered
+            fresh = chain.cached < prompt <= chain.cached + entered
+            chain.cached += entered
             if fresh:
                 full = prompt // PAGE
                 self.prefixes.insert(chain.tokens, chain.pages[:full])
             if part.last:
-                chain.append(next(following))
-                if chain.end is not None:
-                    self._vacate(chain)
+                self._append(part, got)
+
+    def _append(self, part: Part, got: Sequence[int]) -> None:
+        chain = part.chain
+        self.tally.drafted += len(part.draft)
+        self.tally.accepted += min(len(got) - 1, len(part.draft))
+        if self.speculator is not None:
+            self.speculator.came(chain, got)
+        for token in got:
+            chain.append(token)
+            if chain.end is not None:
+                self._vacate(chain)
+                break  # guesses went on after a stop
 
     def cancel(self, chain: Chain) -> None:
         """End the chain now, whatever it is doing; its pages are free at once."""
@@ -134,6 +164,13 @@ class Scheduler:
         for page in [*self.prefixes.pages, *(p for c in self.running for p in c.pages)]:
             held[page] = held.get(page, 0) + 1
         self.pool.check(held)
+
+    def _drafts(self) -> dict[Chain, tuple[int, ...]]:
+        if self.speculator is None:
+            return {}
+        decoding = [chain for chain in self.running if chain.remaining == 1]
+        prompts = sum(chain.remaining for chain in self.running) - len(decoding)
+        return self.speculator.drafts(decoding, min(prompts, self.limits.chunk))
 
     def _admit(self) -> None:
         """Give slots to waiting chains, in order, while there are pages to begin with."""

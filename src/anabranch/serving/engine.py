@@ -4,6 +4,7 @@ Shape suffixes as in serving/step/base.py.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,8 +16,9 @@ from transformers import PreTrainedModel
 
 from anabranch.errors import BuildError, ConfigError
 from anabranch.scheduling.chain import Chain, End, Request
-from anabranch.scheduling.pages import PagePool, pages_of
+from anabranch.scheduling.pages import PAGE, PagePool, pages_of
 from anabranch.scheduling.scheduler import Limits, Part, Scheduler
+from anabranch.scheduling.speculation import Speculator
 from anabranch.serving.decoder import read_decoder
 from anabranch.serving.pools import KvShape, allocate, first_page
 from anabranch.serving.sampler import sample
@@ -45,6 +47,8 @@ class EngineSettings:
     step: str = "auto"
     # Chains at once, prompt tokens a step, tokens of a chain.
     limits: Limits = field(default_factory=Limits)
+    # Tokens guessed ahead of a chain at most, where that pays; 0 for none. The output stays what it is without.
+    speculate: int = 0
 
     def __post_init__(self) -> None:
         for name, value, known in (("dtype", self.dtype, (None, *WEIGHTS)), ("step", self.step, STEPS)):
@@ -58,6 +62,8 @@ class EngineSettings:
             raise ConfigError("must be at least 1", setting="kv_memory_mib")
         if self.threads is not None and self.threads < 1:
             raise ConfigError("must be at least 1", setting="threads")
+        if not 0 <= self.speculate < PAGE:
+            raise ConfigError(f"must lie in 0 to {PAGE - 1}, not {self.speculate}", setting="speculate")
 
 
 class Completion(NamedTuple):
@@ -84,7 +90,10 @@ class Engine:
         self.kv_shape = kv_shape_of(model)
         pages = self.settings.kv_memory_mib * MIB // self.kv_shape.page_bytes(kv_dtype)
         self.pools: dict[str, Tensor] = {kv_dtype: allocate(self.kv_shape, kv_dtype, max(pages, 1))}
-        self.scheduler = Scheduler(self.limits, PagePool(max(pages, 1), first_page(kv_dtype)))
+        draft = self.settings.speculate
+        self.speculator = Speculator(draft, within_page=kv_dtype != dtype) if draft else None
+        pool = PagePool(max(pages, 1), first_page(kv_dtype))
+        self.scheduler = Scheduler(self.limits, pool, self.speculator)
         # Pages are written in the step's own precision; where they are kept in another, they are rewritten once full.
         open_pages: PagePool | None = None
         if kv_dtype != dtype:
@@ -129,21 +138,23 @@ class Engine:
         self.table.release(self.scheduler.running)
         if not parts:
             return []
+        started = time.perf_counter()
         outputs = self.step.run(self._rows(parts))
         for watcher in self.watchers:
             watcher(parts, outputs)
-        got = [part.chain for part in parts if part.last]
-        tokens = sample(outputs.logits_WV, outputs.best_W, got)
-        if tokens:
-            at = torch.tensor(tokens, device=outputs.logits_WV.device)
-            chosen = outputs.logits_WV.gather(1, at[:, None])[:, 0].cpu().numpy() - outputs.log_total_W
-            for chain, logprob in zip(got, chosen.tolist(), strict=True):
-                self.logprobs[chain].append(logprob)
-        self.table.close(parts)
+        tokens = sample(outputs.logits_WV, outputs.best_W, parts)
+        if self.speculator is not None:
+            self.speculator.times.tell(sum(p.tokens for p in parts), 1e3 * (time.perf_counter() - started))
+        got = [part for part in parts if part.last]
+        self._keep_logprobs(outputs, got, tokens)
+        counts = {part.chain: len(mine) for part, mine in zip(got, tokens, strict=True)}
+        self.table.close((part.chain, part.entered(counts.get(part.chain, 0))) for part in parts)
         self.scheduler.done(parts, tokens)
-        for chain in got:
-            self.logprobs[chain] += [None] * (chain.new_tokens - len(self.logprobs[chain]))
-        return got
+        for part in got:
+            chain, known = part.chain, self.logprobs[part.chain]
+            del known[chain.new_tokens :]  # guesses that went on after a stop
+            known += [None] * (chain.new_tokens - len(known))
+        return [part.chain for part in got]
 
     def generate(
         self, requests: Sequence[Request], each: Callable[[Completion], None] | None = None
@@ -171,6 +182,19 @@ class Engine:
         self.scheduler.check()
         self.table.check()
 
+    def _keep_logprobs(self, outputs: Outputs, got: Iterable[Part], tokens: Iterable[list[int]]) -> None:
+        rows, flat, chains = [], [], []
+        row = 0
+        for part, mine in zip(got, tokens, strict=True):
+            rows += range(row, row + len(mine))
+            flat += mine
+            chains += [part.chain] * len(mine)
+            row += 1 + len(part.draft)
+        logits_WV = outputs.logits_WV
+        chosen = logits_WV[torch.tensor(rows, dtype=torch.int64), torch.tensor(flat, dtype=torch.int64)]
+        for chain, value, row in zip(chains, chosen.tolist(), rows, strict=True):
+            self.logprobs[chain].append(value - float(outputs.log_total_W[row]))
+
     def _step(self, model: PreTrainedModel, weights: str) -> Step:
         wants = self.settings.step
         if wants != "torch" and (wants == "native" or model.device.type == "cpu"):
@@ -189,7 +213,7 @@ class Engine:
     def _rows(self, parts: Iterable[Part]) -> Rows:
         tokens, positions, chains, want = [], [], [], []
         one_each = True
-        for chain, count, last in parts:
+        for chain, count, last, draft in parts:
             slot, cached = chain.slot, chain.cached
             assert slot is not None
             self.table.enter(chain, count)
@@ -199,11 +223,12 @@ class Engine:
                 chains.append(slot)
             else:
                 one_each = False
-                tokens += chain.tokens[cached : cached + count]
+                tokens += chain.tokens[cached : cached + count - len(draft)]
+                tokens += draft
                 positions += range(cached, cached + count)
                 chains += [slot] * count
             if last:
-                want.append(len(tokens) - 1)
+                want += range(len(tokens) - 1 - len(draft), len(tokens))
         position_T = np.array(positions, dtype=np.int32)
         return Rows(
             np.array(tokens, dtype=np.int32), position_T, position_T + 1, np.array(chains, dtype=np.int32),

@@ -4,13 +4,14 @@ A chain's random numbers depend on its seed, its sample and its position only: n
 preemption. Shape suffixes: W rows, V vocabulary, M candidates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from anabranch.scheduling.chain import Chain
 from anabranch.scheduling.sampling import Sampling
+from anabranch.scheduling.scheduler import Part
 from anabranch.serving.step.base import Int32
 
 # Tokens sorted at first; a row whose settings need more is sorted whole.
@@ -32,12 +33,12 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def penalised(logits_V: Tensor, chain: Chain) -> Tensor:
-    """The logits with the chain's repetition penalty; the same tensor where it is 1."""
+def penalised(logits_V: Tensor, chain: Chain, since: Sequence[int] = ()) -> Tensor:
+    """The logits with the penalty of what the chain and `since` hold; the same tensor where the penalty is 1."""
     penalty = chain.request.sampling.repetition_penalty
     if penalty == 1.0:
         return logits_V
-    seen = torch.tensor(sorted(set(chain.tokens)), device=logits_V.device)
+    seen = torch.tensor(sorted({*chain.tokens, *since}), device=logits_V.device)
     of_seen = logits_V[seen]
     return logits_V.index_put((seen,), torch.where(of_seen > 0, of_seen / penalty, of_seen * penalty))
 
@@ -72,22 +73,39 @@ def _kept(p_M: Tensor, total: float, sampling: Sampling) -> int:
     return max(kept, 1)
 
 
-def sample(logits_WV: Tensor, best_W: Int32, chains: Sequence[Chain]) -> list[int]:
-    """A token for each chain. best_W: the most probable ones, of unpenalised logits."""
-    tokens = []
-    for i, chain in enumerate(chains):
-        sampling = chain.request.sampling
-        if sampling.greedy and sampling.repetition_penalty == 1.0:
-            tokens.append(int(best_W[i]))
-            continue
-        logits_V = penalised(logits_WV[i], chain)
-        tokens.append(int(logits_V.argmax()) if sampling.greedy else _drawn(logits_V, chain))
+def sample(logits_WV: Tensor, best_W: Int32, parts: Iterable[Part]) -> list[list[int]]:
+    """The tokens that each part with wanted logits gets: those of its draft that are also drawn, and the one after.
+
+    best_W: the most probable tokens, of unpenalised logits. Rows of a part follow each other, as its guesses do.
+    """
+    found: list[list[int]] = []
+    row = 0
+    for part in parts:
+        if part.last:
+            found.append(_agreed(logits_WV, best_W, row, part))
+            row += 1 + len(part.draft)
+    return found
+
+
+def _agreed(logits_WV: Tensor, best_W: Int32, row: int, part: Part) -> list[int]:
+    tokens: list[int] = []
+    for i in range(1 + len(part.draft)):
+        tokens.append(_next(logits_WV[row + i], int(best_W[row + i]), part.chain, tokens))
+        if i < len(part.draft) and tokens[i] != part.draft[i]:
+            break
     return tokens
 
 
-def _drawn(logits_V: Tensor, chain: Chain) -> int:
-    ids_M, p_M = probabilities(logits_V, chain.request.sampling)
+def _next(logits_V: Tensor, best: int, chain: Chain, since: Sequence[int]) -> int:
+    """since: tokens after the chain's own."""
+    sampling = chain.request.sampling
+    if sampling.greedy and sampling.repetition_penalty == 1.0:
+        return best
+    logits_V = penalised(logits_V, chain, since)
+    if sampling.greedy:
+        return int(logits_V.argmax())
+    ids_M, p_M = probabilities(logits_V, sampling)
     until_M = p_M.cumsum(0, dtype=torch.float64)
-    u = uniform(chain.request.sampling.seed, chain.sample, len(chain.tokens))
+    u = uniform(sampling.seed, chain.sample, len(chain.tokens) + len(since))
     at = int(torch.searchsorted(until_M, u * until_M[-1], right=True))
     return int(ids_M[min(at, len(ids_M) - 1)])

@@ -13,7 +13,6 @@ import numpy as np
 
 from anabranch.scheduling.chain import Chain
 from anabranch.scheduling.pages import PAGE, PagePool, pages_of
-from anabranch.scheduling.scheduler import Part
 from anabranch.serving.step.base import Int32
 
 
@@ -60,11 +59,12 @@ class PageTable:
                 if index not in mine:
                     mine[index] = self.lines_CP[slot, index] = self._open.take()
 
-    def close(self, parts: Iterable[Part]) -> None:
-        """Rewrite open pages that these parts have filled in the format in which they are kept."""
+    def close(self, entered: Iterable[tuple[Chain, int]]) -> None:
+        """Rewrite open pages that so many more tokens of each chain have filled in the format in which they are
+        kept."""
         if self._open is None or self._rewriter is None:
             return
-        for chain, count, _ in parts:
+        for chain, count in entered:
             assert chain.slot is not None
             mine, full = self._overlay[chain.slot], (chain.cached + count) // PAGE
             for index in [i for i in mine if i < full]:
