@@ -3,6 +3,7 @@
 import typer
 
 from anabranch.cli.bench import bench
+from anabranch.cli.generate import generate
 from anabranch.cli.lab import lab
 from anabranch.cli.train import trace, train
 
@@ -14,6 +15,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(trace)
+app.command()(generate)
 app.add_typer(bench, name="bench")
 app.add_typer(lab, name="lab")
 
