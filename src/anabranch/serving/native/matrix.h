@@ -3,8 +3,8 @@
 // Every output is summed along the inputs in one fixed order, whatever the number of rows: a row's result does not
 // depend on the batch it is in.
 #pragma once
-#include <type_traits>
-#include <vector>
+#include <cmath>
+#include <cstring>
 
 #include "vector.h"
 
@@ -25,6 +25,9 @@ using Sums = f32x16[M][QUADS];
 struct F32 {
     using Act = float;
 
+    static int64_t row_acts(int numbers) { return numbers; }
+    static void write(float* row, int at, const float* x, int n) { std::memcpy(row + at, x, n * sizeof(float)); }
+
     static int64_t block_bytes(int inputs) { return int64_t{BLOCK} * inputs * 4; }
 
     template <int M>
@@ -42,6 +45,13 @@ struct F32 {
 // bf16: weights[input / 2][64][2], products of pairs summed in fp32.
 struct BF16 {
     using Act = bf16;
+
+    static int64_t row_acts(int numbers) { return numbers; }
+    static void write(bf16* row, int at, const float* x, int n) {
+        int d = 0;
+        for (; d + LANES <= n; d += LANES) store(row + at + d, load(x + d));
+        for (; d < n; ++d) narrow(row + at + d, x[d]);
+    }
 
     static int64_t block_bytes(int inputs) { return int64_t{BLOCK} * inputs * 2; }
 
@@ -75,25 +85,71 @@ struct BF16 {
     }
 };
 
-// int8: scale[64] in fp32, then weights in BF16's order. A block is widened once, beside the caches that hold it, and
-// multiplied as bf16, which holds these integers exactly.
+// int8: scale[64] in fp32, then weights[input / 4][64][4], kept unsigned with 128 for zero. A row is quantised in groups
+// of 32 neighbours with a scale each: 32 numbers, the scale, and -128 times their sum, which takes the 128 out of the
+// integer sums. Sums of a group are exact; groups are added in fp32 in their order.
 struct INT8 {
-    using Act = bf16;
+    using Act = uint8_t;
+    static constexpr int GROUP = 32, STRIDE = GROUP + 8;
 
     static int64_t block_bytes(int inputs) { return BLOCK * int64_t{4} + int64_t{BLOCK} * inputs; }
+    static int64_t row_acts(int numbers) { return int64_t{numbers} / GROUP * STRIDE; }
 
-    static void widen(const uint8_t* block, int inputs, bf16* to) {
-        const int8_t* from = reinterpret_cast<const int8_t*>(block) + BLOCK * 4;
-        for (int64_t i = 0; i < int64_t{BLOCK} * inputs; i += 2 * LANES) {
-#ifdef __AVX512BF16__
-            const auto pair = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(load(from + i + LANES)),
-                                                  reinterpret_cast<__m512>(load(from + i)));
-            _mm512_storeu_si512(to + i, reinterpret_cast<__m512i>(pair));
-#else
-            store(to + i, load(from + i));
-            store(to + i + LANES, load(from + i + LANES));
-#endif
+    // `at` and `n` are whole groups.
+    static void write(uint8_t* row, int at, const float* x, int n) {
+        for (int d = 0; d < n; d += GROUP) {
+            uint8_t* to = row + (at + d) / GROUP * STRIDE;
+            const f32x16 low = load(x + d), high = load(x + d + LANES);
+            const float most = largest(larger(larger(low, -low), larger(high, -high)));
+            const float scale = most / 127.0f, inverse = most > 0.0f ? 127.0f / most : 0.0f;
+            const i32x16 first = rounded(low * inverse), second = rounded(high * inverse);
+            store_bytes(to, first);
+            store_bytes(to + LANES, second);
+            const int32_t total = -128 * sum(first + second);
+            std::memcpy(to + GROUP, &scale, 4);
+            std::memcpy(to + GROUP + 4, &total, 4);
         }
+    }
+
+    template <int M>
+    static void multiply(const uint8_t* block, int inputs, const uint8_t* const* rows, Sums<M>& sums) {
+        const uint8_t* weights = block + BLOCK * 4;
+        for (int g = 0; g < inputs / GROUP; ++g) {
+            i32x16 whole[M][QUADS];
+            for (int m = 0; m < M; ++m) {
+                int32_t offset;
+                std::memcpy(&offset, rows[m] + g * STRIDE + GROUP + 4, 4);
+                for (int j = 0; j < QUADS; ++j) whole[m][j] = i32x16{} + offset;
+            }
+            for (int i = 0; i < GROUP; i += 4, weights += 4 * BLOCK)
+                for (int m = 0; m < M; ++m) add_products(weights, rows[m] + g * STRIDE + i, whole[m]);
+            for (int m = 0; m < M; ++m) {
+                float scale;
+                std::memcpy(&scale, rows[m] + g * STRIDE + GROUP, 4);
+                for (int j = 0; j < QUADS; ++j) sums[m][j] += __builtin_convertvector(whole[m][j], f32x16) * scale;
+            }
+        }
+        for (int j = 0; j < QUADS; ++j) {
+            const f32x16 scale = load(reinterpret_cast<const float*>(block) + j * LANES);
+            for (int m = 0; m < M; ++m) sums[m][j] *= scale;
+        }
+    }
+
+    // Four inputs of one row with 64 outputs.
+    static void add_products(const uint8_t* weights, const uint8_t* row, i32x16* whole) {
+#ifdef __AVX512VNNI__
+        int32_t four;
+        std::memcpy(&four, row, 4);
+        const __m512i x = _mm512_set1_epi32(four);
+        for (int j = 0; j < QUADS; ++j)
+            whole[j] = reinterpret_cast<i32x16>(_mm512_dpbusd_epi32(
+                reinterpret_cast<__m512i>(whole[j]), _mm512_loadu_si512(weights + j * 4 * LANES), x));
+#else
+        for (int j = 0; j < QUADS; ++j)
+            for (int lane = 0; lane < LANES; ++lane)
+                for (int i = 0; i < 4; ++i)
+                    whole[j][lane] += weights[(j * LANES + lane) * 4 + i] * static_cast<int8_t>(row[i]);
+#endif
     }
 };
 
@@ -106,9 +162,11 @@ inline void tile(const uint8_t* block, int inputs, const typename Kind::Act* con
     for (int m = 0; m < M; ++m) done(first + m, sums[m]);
 }
 
+// Block `b` of a matrix with `count` rows.
 template <class Kind, class Done>
-inline void tiles(const uint8_t* block, int inputs, const typename Kind::Act* const* rows, int count,
-                  const Done& done) {
+inline void multiply_block(const uint8_t* matrix, int64_t b, int inputs, const typename Kind::Act* const* rows,
+                           int count, const Done& done) {
+    const uint8_t* block = matrix + b * Kind::block_bytes(inputs);
     for (int first = 0; first < count;) {
         const int left = count - first;
         const int tiles = (left + TILE - 1) / TILE;
@@ -124,26 +182,6 @@ inline void tiles(const uint8_t* block, int inputs, const typename Kind::Act* co
 #endif
         }
         first += take;
-    }
-}
-
-// Block `b` of a matrix with `count` rows. wide: room for a block as its kind widens it.
-template <class Kind, class Done>
-inline void multiply_block(const uint8_t* matrix, int64_t b, int inputs, const typename Kind::Act* const* rows,
-                           int count, std::vector<bf16>& wide, const Done& done) {
-    const uint8_t* block = matrix + b * Kind::block_bytes(inputs);
-    if constexpr (std::is_same_v<Kind, INT8>) {
-        wide.resize(size_t{BLOCK} * inputs);
-        INT8::widen(block, inputs, wide.data());
-        f32x16 scale[QUADS], scaled[QUADS];
-        for (int j = 0; j < QUADS; ++j) scale[j] = load(reinterpret_cast<const float*>(block) + j * LANES);
-        tiles<BF16>(reinterpret_cast<const uint8_t*>(wide.data()), inputs, rows, count,
-                    [&](int row, const f32x16* sums) {
-                        for (int j = 0; j < QUADS; ++j) scaled[j] = sums[j] * scale[j];
-                        done(row, scaled);
-                    });
-    } else {
-        tiles<Kind>(block, inputs, rows, count, done);
     }
 }
 

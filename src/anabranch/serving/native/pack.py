@@ -9,6 +9,8 @@ from torch.nn import functional as nnf
 
 BLOCK = 64
 HALF = BLOCK // 2
+# What int8 weights are kept above their value.
+ZERO = 128
 
 
 def pad(n: int, to: int) -> int:
@@ -17,7 +19,7 @@ def pad(n: int, to: int) -> int:
 
 
 def pack(weight_NK: Tensor, kind: str) -> Tensor:
-    """Blocks of 64 outputs, input by input (pairs of inputs but in fp32); outputs are padded with zeros.
+    """Blocks of 64 outputs, input by input (pairs of inputs in bf16, fours in int8); outputs are padded with zeros.
 
     Leading dimensions stay in front. kind: "float32", "bfloat16", or "int8", whose blocks of bytes begin with the
     scales of their outputs.
@@ -25,11 +27,9 @@ def pack(weight_NK: Tensor, kind: str) -> Tensor:
     weight_NK = nnf.pad(weight_NK, (0, 0, 0, pad(weight_NK.shape[-2], BLOCK) - weight_NK.shape[-2]))
     if kind == "int8":
         scale_N = weight_NK.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127.0
-        whole_NK = (weight_NK.float() / scale_N).round().to(torch.int8)
+        whole_NK = ((weight_NK.float() / scale_N).round() + ZERO).to(torch.uint8)
         scales = scale_N.unflatten(-2, (-1, BLOCK)).flatten(-2).contiguous()
-        return torch.cat(
-            [scales.view(torch.uint8), _blocks(whole_NK, 2).flatten(-3).view(torch.uint8)], dim=-1
-        )
+        return torch.cat([scales.view(torch.uint8), _blocks(whole_NK, 4).flatten(-3)], dim=-1)
     dtype = getattr(torch, kind)
     return _blocks(weight_NK.to(dtype), 1 if dtype == torch.float32 else 2)
 

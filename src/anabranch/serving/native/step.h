@@ -59,7 +59,6 @@ class Step {
     struct Own {
         std::vector<float> scores, out, probabilities;
         std::vector<const Act*> inputs;
-        std::vector<bf16> block;
         Groups groups;
     };
 
@@ -74,23 +73,22 @@ class Step {
         pairs = rows.rows * top_k;
         const size_t n = rows.rows;
         residual_.resize(n * wide_);
-        normal_.resize(n * wide_);
+        normal_.resize(n * Kind::row_acts(wide_));
         normal32_.resize(n * wide_);
         qkv_.resize(n * qkv_wide_);
         turned_.resize(n * queries_);
-        attended_.resize(n * queries_);
+        attended_.resize(n * Kind::row_acts(queries_));
         ids_.resize(pairs);
         weights_.resize(pairs);
-        hidden_.resize(static_cast<size_t>(pairs) * width);
-        shared_.resize(n * shared);
+        hidden_.resize(pairs * Kind::row_acts(width));
+        shared_.resize(n * Kind::row_acts(shared));
         shared_weight_.resize(n);
     }
 
     void member_run(int member) {
         const auto& rows = *rows_;
         for (int r = member; r < rows.rows; r += team_.members()) {
-            const Act* from = static_cast<const Act*>(model_.embedding) + int64_t{rows.token[r]} * model_.hidden;
-            for (int d = 0; d < model_.hidden; ++d) residual_[size_t(r) * wide_ + d] = widen(from[d]);
+            embed(rows.token[r], &residual_[size_t(r) * wide_]);
         }
         for (int l = 0; l < model_.layers; ++l) {
             const auto& layer = model_.layer[l];
@@ -107,21 +105,25 @@ class Step {
         logits(member);
     }
 
+    void embed(int32_t token, float* to) const {
+        const int64_t at = int64_t{token} * model_.hidden;
+        for (int d = 0; d < model_.hidden; ++d)
+            to[d] = model_.weights == 0 ? static_cast<const float*>(model_.embedding)[at + d]
+                                        : widen(static_cast<const bf16*>(model_.embedding)[at + d]);
+    }
+
     // RMS norm of residual row `from` into activation row `to`, there also kept in fp32.
     void normalise(int from, const float* weight, int to) {
         const float* x = &residual_[size_t(from) * wide_];
         float* wide = &normal32_[size_t(to) * wide_];
-        Act* out = &normal_[size_t(to) * wide_];
         f32x16 squares{};
         int d = 0;
         for (; d + LANES <= model_.hidden; d += LANES) squares += load(x + d) * load(x + d);
         float total = sum(squares);
         for (; d < model_.hidden; ++d) total += x[d] * x[d];
         const float scale = 1.0f / std::sqrt(total / model_.hidden + model_.eps);
-        for (d = 0; d < model_.hidden; ++d) {
-            wide[d] = x[d] * scale * weight[d];
-            narrow(out + d, wide[d]);
-        }
+        for (d = 0; d < model_.hidden; ++d) wide[d] = x[d] * scale * weight[d];
+        Kind::write(row(normal_, to, wide_), 0, wide, model_.hidden);
     }
 
     void attention(const AnabranchLayer& layer, int l, int member) {
@@ -129,7 +131,7 @@ class Step {
         auto& own = own_[member];
         gather(own, normal_, wide_, rows.rows);
         for (int b; (b = team_.take()) < qkv_wide_ / BLOCK;)
-            multiply_block<Kind>(layer.qkv, b, model_.hidden, own.inputs.data(), rows.rows, own.block,
+            multiply_block<Kind>(layer.qkv, b, model_.hidden, own.inputs.data(), rows.rows,
                                  [&](int r, const f32x16* sums) {
                                      keep(&qkv_[size_t(r) * qkv_wide_], layer.qkv_bias, b, sums);
                                  });
@@ -146,7 +148,7 @@ class Step {
         }
         gather(own, attended_, queries_, rows.rows);
         for (int b; (b = team_.take()) < wide_ / BLOCK;)
-            multiply_block<Kind>(layer.out, b, queries_, own.inputs.data(), rows.rows, own.block,
+            multiply_block<Kind>(layer.out, b, queries_, own.inputs.data(), rows.rows,
                                  [&](int r, const f32x16* sums) {
                                      add(&residual_[size_t(r) * wide_], layer.out_bias, b, sums, 1.0f);
                                  });
@@ -200,8 +202,7 @@ class Step {
         own.out.resize(size_t(group) * dim);
         attend(pools, shape_, rows.table + int64_t{rows.chain[r]} * rows.table_stride, rows.length[r], l, head, group,
                &turned_[size_t(r) * queries_ + size_t(head) * group * dim], own.out.data(), own.scores, mass);
-        Act* to = &attended_[size_t(r) * queries_ + size_t(head) * group * dim];
-        for (int i = 0; i < group * dim; i += LANES) store(to + i, load(&own.out[i]));
+        Kind::write(row(attended_, r, queries_), head * group * dim, own.out.data(), group * dim);
     }
 
     // The experts of a row and their weights: softmax over all, the largest top_k, ties to the lower number.
@@ -224,7 +225,7 @@ class Step {
         own.probabilities.resize(padded(layer.experts, BLOCK));
         float* p = own.probabilities.data();
         for (int b = 0; b < padded(layer.experts, BLOCK) / BLOCK; ++b)
-            multiply_block<F32>(layer.router, b, model_.hidden, &x, 1, own.block,
+            multiply_block<F32>(layer.router, b, model_.hidden, &x, 1,
                                 [&](int, const f32x16* sums) { keep(p, nullptr, b, sums); });
         softmax(p, layer.experts);
         float total = 0.0f;
@@ -247,16 +248,16 @@ class Step {
             if (t < shared_blocks) {
                 gather(own, normal_, wide_, n);
                 gate_up(layer.shared_gate_up, t, t, own, n,
-                        [&](int m) { return &shared_[size_t(m) * layer.shared_width]; });
+                        [&](int m) { return row(shared_, m, layer.shared_width); });
                 continue;
             }
             const int e = groups.active[(t - shared_blocks) / blocks], b = (t - shared_blocks) % blocks;
             const int first = groups.start[e], count = groups.start[e + 1] - first;
             own.inputs.resize(count);
             for (int m = 0; m < count; ++m)
-                own.inputs[m] = &normal_[size_t(groups.pair[first + m] / layer.top_k) * wide_];
+                own.inputs[m] = row(normal_, groups.pair[first + m] / layer.top_k, wide_);
             gate_up(layer.gate_up, int64_t{e} * blocks + b, b, own, count,
-                    [&](int m) { return &hidden_[size_t(groups.pair[first + m]) * width]; });
+                    [&](int m) { return row(hidden_, groups.pair[first + m], width); });
         }
         team_.meet();
         for (int b; (b = team_.take()) < wide_ / BLOCK;) down(layer, b, own);
@@ -265,11 +266,12 @@ class Step {
 
     template <class To>
     void gate_up(const uint8_t* weights, int64_t block, int part, Own& own, int count, const To& to) {
-        multiply_block<Kind>(weights, block, model_.hidden, own.inputs.data(), count, own.block,
+        multiply_block<Kind>(weights, block, model_.hidden, own.inputs.data(), count,
                              [&](int m, const f32x16* sums) {
-                                 Act* out = to(m) + part * (BLOCK / 2);
+                                 float out[BLOCK / 2];
                                  store(out, silu(sums[0]) * sums[2]);
                                  store(out + LANES, silu(sums[1]) * sums[3]);
+                                 Kind::write(to(m), part * (BLOCK / 2), out, BLOCK / 2);
                              });
     }
 
@@ -280,16 +282,16 @@ class Step {
         for (const int e : groups.active) {
             const int first = groups.start[e], count = groups.start[e + 1] - first;
             own.inputs.resize(count);
-            for (int m = 0; m < count; ++m) own.inputs[m] = &hidden_[size_t(groups.pair[first + m]) * width];
+            for (int m = 0; m < count; ++m) own.inputs[m] = row(hidden_, groups.pair[first + m], width);
             const int64_t block = int64_t{e} * (wide_ / BLOCK) + b;
-            multiply_block<Kind>(layer.down, block, width, own.inputs.data(), count, own.block, [&](int m, const f32x16* sums) {
+            multiply_block<Kind>(layer.down, block, width, own.inputs.data(), count, [&](int m, const f32x16* sums) {
                 const int pair = groups.pair[first + m];
                 add(&residual_[size_t(pair / layer.top_k) * wide_], nullptr, b, sums, weights_[pair]);
             });
         }
         if (layer.shared_width) {
             gather(own, shared_, layer.shared_width, rows_->rows);
-            multiply_block<Kind>(layer.shared_down, b, layer.shared_width, own.inputs.data(), rows_->rows, own.block,
+            multiply_block<Kind>(layer.shared_down, b, layer.shared_width, own.inputs.data(), rows_->rows,
                                  [&](int r, const f32x16* sums) {
                                      add(&residual_[size_t(r) * wide_], nullptr, b, sums, shared_weight_[r]);
                                  });
@@ -305,7 +307,7 @@ class Step {
         auto& own = own_[member];
         gather(own, normal_, wide_, rows.wanted);
         for (int b; (b = team_.take()) < wide / BLOCK;)
-            multiply_block<Kind>(model_.head, b, model_.hidden, own.inputs.data(), rows.wanted, own.block,
+            multiply_block<Kind>(model_.head, b, model_.hidden, own.inputs.data(), rows.wanted,
                                  [&](int i, const f32x16* sums) {
                                      keep(rows.logits + int64_t{i} * wide, nullptr, b, sums);
                                  });
@@ -360,10 +362,11 @@ class Step {
         }
     }
 
-    template <class T>
-    static void gather(Own& own, const std::vector<T>& rows, int stride, int count) {
+    static Act* row(std::vector<Act>& rows, int r, int numbers) { return &rows[r * Kind::row_acts(numbers)]; }
+
+    static void gather(Own& own, std::vector<Act>& rows, int numbers, int count) {
         own.inputs.resize(count);
-        for (int r = 0; r < count; ++r) own.inputs[r] = &rows[size_t(r) * stride];
+        for (int r = 0; r < count; ++r) own.inputs[r] = row(rows, r, numbers);
     }
 
     const AnabranchModel model_;

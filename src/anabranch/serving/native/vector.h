@@ -65,6 +65,27 @@ inline void store(bf16* p, f32x16 v) {
 #endif
 }
 
+// The low byte of each.
+inline void store_bytes(uint8_t* p, i32x16 v) {
+#ifdef __AVX512F__
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+#else
+    for (int i = 0; i < LANES; ++i) p[i] = static_cast<uint8_t>(v[i]);
+#endif
+}
+
+// To the nearest whole number, of numbers below 2^22.
+inline i32x16 rounded(f32x16 v) {
+    const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    return reinterpret_cast<i32x16>(v + magic) - reinterpret_cast<i32x16>(magic);
+}
+
+inline int32_t sum(i32x16 v) {
+    int32_t total = 0;
+    for (int i = 0; i < LANES; ++i) total += v[i];
+    return total;
+}
+
 inline float widen(float v) { return v; }
 inline float widen(bf16 v) {
     uint32_t bits = static_cast<uint32_t>(v.bits) << 16;

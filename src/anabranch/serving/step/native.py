@@ -34,7 +34,7 @@ class NativeStep:
     def __init__(
         self, decoder: Decoder, weights: str, pools: dict[str, Tensor], positions: int, threads: int
     ) -> None:
-        _check(decoder)
+        _check(decoder, weights)
         self.vocab, self.routing = decoder.vocab, False
         self._top_k = max(layer.experts.top_k for layer in decoder.layers)
         self._routers = [i for i, layer in enumerate(decoder.layers) if layer.experts.router_ED is not None]
@@ -147,9 +147,12 @@ def _width(experts: Experts) -> int:
     return pad(experts.down_EDF.shape[-1], HALF)
 
 
-def _check(decoder: Decoder) -> None:
+def _check(decoder: Decoder, weights: str) -> None:
     """Sizes that the packing and the registers want."""
+    group_dim = decoder.heads // decoder.kv_heads * decoder.head_dim
+    whole = weights != "int8" or (decoder.hidden % HALF == 0 and group_dim % HALF == 0)
     checks = (
+        (f"multiples of {HALF} for int8: the hidden size, and the heads of a group by their dimension", whole),
         ("an even hidden size", decoder.hidden % 2 == 0),
         ("a head dimension that is a multiple of 16", decoder.head_dim % 16 == 0),
         (f"a head dimension of at most {MAX_HEAD_DIM}", decoder.head_dim <= MAX_HEAD_DIM),
