@@ -152,7 +152,10 @@ def _check(decoder: Decoder, weights: str) -> None:
     group_dim = decoder.heads // decoder.kv_heads * decoder.head_dim
     whole = weights != "int8" or (decoder.hidden % HALF == 0 and group_dim % HALF == 0)
     checks = (
-        (f"multiples of {HALF} for int8: the hidden size, and the heads of a group by their dimension", whole),
+        (
+            f"multiples of {HALF} for int8: the hidden size, and the heads of a group by their dimension",
+            whole,
+        ),
         ("an even hidden size", decoder.hidden % 2 == 0),
         ("a head dimension that is a multiple of 16", decoder.head_dim % 16 == 0),
         (f"a head dimension of at most {MAX_HEAD_DIM}", decoder.head_dim <= MAX_HEAD_DIM),
