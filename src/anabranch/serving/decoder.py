@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from anabranch.errors import ConfigError
@@ -98,6 +99,8 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
         "dynamic" not in str(config.rope_parameters.get("rope_type")),
         "a rotary embedding that changes with length",
     )
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    _require(not sharded, "its parameters are spread over ranks")
     inner: Any = model.model
     head: Any = model.get_output_embeddings()
     layers = [_layer(layer, config) for layer in inner.layers]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from anabranch.errors import ConfigError
@@ -18,6 +19,7 @@ from anabranch.scheduling.chain import Chain, End, Request
 from anabranch.scheduling.pages import PAGE
 from anabranch.scheduling.scheduler import Part
 from anabranch.serving.engine import Engine, EngineSettings
+from anabranch.serving.parallel import ParallelEngine
 from anabranch.serving.step.base import Outputs
 from anabranch.serving.step.native import NativeStep
 
@@ -55,6 +57,9 @@ class RolloutEngine:
     Either way keys and values of the old weights are worthless after an optimizer step: `refresh` drops them and
     packs anew. `generate` does so by itself where a parameter was written in place since (its version counter
     moved); call `refresh` after any other change. Use it as a context, or close it.
+
+    A model spread over ranks generates as `ParallelEngine` does: `generate` is then collective, each rank with
+    prompts of its own, which may be none.
     """
 
     def __init__(self, model: PreTrainedModel, settings: EngineSettings | None = None) -> None:
@@ -98,7 +103,7 @@ class RolloutEngine:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            done = self.engine.generate(requests)
+            done = (self.parallel or self.engine).generate(requests)
         finally:
             for module in training:
                 module.training = True
@@ -111,6 +116,8 @@ class RolloutEngine:
     def _open(self) -> None:
         self.engine = Engine(self.model, self.settings)
         self.engine.step.routing = True
+        sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        self.parallel = ParallelEngine(self.engine) if sharded else None
         self._record = _Routing(_expert_count(self.model))
         self.engine.watchers.append(self._record)
         self._versions = _versions(self.model)

@@ -1,0 +1,134 @@
+"""Engines of several ranks whose experts are spread over them: each has its own chains, all step together.
+
+Attention is data-parallel: a rank's chains, pages and scheduler are its own. Only the layers' collectives join the
+ranks, and those every rank must enter equally often: hence the lockstep.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from anabranch.errors import ConfigError, RankError
+from anabranch.scheduling.chain import Chain, Request
+from anabranch.serving.engine import Completion, Engine
+from anabranch.serving.step.base import Outputs, Rows
+from anabranch.serving.step.torch_step import TorchStep
+
+
+class ParallelEngine:
+    """Brings the engines of all ranks on together. Every method is collective: all ranks call it alike.
+
+    One round: 1. the ranks tell each other whether they have work left and whether all is well; 2. each runs one
+    step, a rank with nothing to compute with one row that nobody reads, since the modules of transformers take no
+    empty batch; 3. each samples for its own chains. All stop once all are idle.
+
+    A rank that fails outside the model (a wrong request, a failing `each`) says so in the next round, and all raise.
+    One that fails inside the model has left its peers in a collective of a layer: it raises, and they wait until
+    its process ends or their group's timeout is over.
+
+    Which exchange the layers use is the adaptive layer's: `enable(transport=..., dispatch_wire="int8")`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Raises ConfigError where the engine runs another step than the model's own modules."""
+        if not isinstance(engine.step, TorchStep):
+            raise ConfigError("experts on several ranks are computed by step='torch'", setting="step")
+        self.engine, self.device = engine, engine.step.model.device
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        engine.step = self._step = _WatchedStep(engine.step)
+        self._told = False
+
+    def generate(
+        self, requests: Sequence[Request], each: Callable[[Completion], None] | None = None
+    ) -> list[Completion]:
+        """Run this rank's requests, which may be none, to their ends, as `Engine.generate` does."""
+        with self._telling():
+            numbered = {c: i for i, request in enumerate(requests) for c in self.engine.submit(request)}
+            done: dict[Chain, Completion] = {}
+            while self._agree(len(done) < len(numbered)):
+                for chain in self._advance():
+                    if chain.end is not None and chain in numbered:
+                        done[chain] = self.engine.completion(chain, numbered[chain])
+                        if each is not None:
+                            each(done[chain])
+        return [done[chain] for chain in numbered]
+
+    def deal(self, requests: Sequence[Request]) -> list[Completion]:
+        """Run rank 0's requests on all ranks, request i on rank i modulo their number; the others' are not read.
+
+        Rank 0 returns all completions in order, the others none.
+        """
+        dealt = [list(requests)]
+        dist.broadcast_object_list(dealt, src=0, device=self.device)
+        mine = self.generate(dealt[0][self.rank :: self.ranks])
+        mine = [c._replace(request=self.rank + self.ranks * c.request) for c in mine]
+        all_ranks: list[list[Completion]] = [[] for _ in range(self.ranks)]
+        dist.all_gather_object(all_ranks, mine)
+        if self.rank:
+            return []
+        return sorted((c for part in all_ranks for c in part), key=lambda c: (c.request, c.sample))
+
+    def _advance(self) -> list[Chain]:
+        before = self._step.runs
+        got = self.engine.advance()
+        if self._step.runs == before:
+            self._take_part()
+        return got
+
+    def _take_part(self) -> None:
+        """A step of one row, whose key and value go to a page that nobody holds."""
+        scheduler = self.engine.scheduler
+        if scheduler.pool.free == 0:
+            scheduler.prefixes.forget(1)
+        page, zero = scheduler.pool.take(), np.zeros(1, dtype=np.int32)
+        one, none = zero + 1, zero[:0]
+        self._step.run(Rows(zero, zero, one, zero, np.array([[page]], dtype=np.int32), none, True))
+        scheduler.pool.give_back(page)
+
+    def _agree(self, busy: bool, failed: bool = False) -> bool:
+        """Whether any rank has work left. Raises RankError where another one failed."""
+        flags = torch.tensor([int(busy), int(failed)], device=self.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        any_busy, any_failed = flags.tolist()
+        if any_failed:
+            self._told = True
+            if not failed:
+                raise RankError("another rank failed; its own error says why", setting="generate")
+        return bool(any_busy)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What ends this rank's part early, the others hear of in the next round."""
+        self._told = fine = False
+        try:
+            yield
+            fine = True
+        finally:
+            if not fine:
+                for chain in [*self.engine.scheduler.waiting, *self.engine.scheduler.running]:
+                    self.engine.cancel(chain)
+                    self.engine.logprobs.pop(chain, None)
+                if not self._told and not self._step.inside:
+                    self._agree(busy=False, failed=True)
+
+
+class _WatchedStep:
+    """A step that counts its runs and knows whether one was left by an error."""
+
+    def __init__(self, step: TorchStep) -> None:
+        self.step, self.name, self.vocab, self.routing = step, step.name, step.vocab, step.routing
+        self.runs, self.inside = 0, False
+
+    def run(self, rows: Rows) -> Outputs:
+        self.step.routing = self.routing
+        self.inside = True
+        outputs = self.step.run(rows)
+        self.inside = False
+        self.runs += 1
+        return outputs
+
+    def close(self) -> None:
+        self.step.close()
