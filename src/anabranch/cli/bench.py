@@ -14,6 +14,7 @@ from anabranch.cli.bench_balance import BalanceBench
 from anabranch.cli.bench_codecs import bench_codecs
 from anabranch.cli.bench_generate import Model, bench_generate, require_vllm, train_small
 from anabranch.cli.bench_planner import bench_planner
+from anabranch.cli.bench_store import bench_store
 from anabranch.cli.cluster_grid import (
     MODEL,
     cases_of_model,
@@ -176,6 +177,28 @@ def generate(
             _report(more, GENERATE_COLUMNS, None)
             # After each engine: an interruption keeps what was measured.
             write_results(json_file, rows)
+
+
+@bench.command()
+@fails_clearly
+def store(
+    json_file: JsonFile = None,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer tokens and layers: under 2 minutes")] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="training of the model that tells hit rates")
+    ] = None,
+) -> None:
+    """Models with all, half and a third of their bytes in memory, the other experts on disk."""
+    require_json_file(json_file)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="anabranch-store-") as folder:
+        for row in bench_store(steps or (40 if quick else 300), quick, Path(folder)):
+            rows.append(row)
+            # After each run: an interruption keeps what was measured.
+            write_results(json_file, rows)
+    columns = ("model", "weights", "batch", "model_mib", "limit_mib", "resident_mib", "equal", "tokens_per_s",
+               "slow_down", "hit_rate", "late_rate", "mib_read_per_token", "wait_ms_per_token")  # fmt: skip
+    _report(rows, columns, json_file)
 
 
 def natural_trace(preset: str = "tiny") -> Path:

@@ -3,6 +3,7 @@
 Shape suffixes: D hidden size, E experts, F width of an expert, N outputs.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ class Decoder:
     normalise_top_k: bool
     qk_norm_all: bool
     embedding_VD: Tensor
-    layers: list[Layer]
+    layers: "Layers"
     final_norm_D: Tensor
     head_VD: Tensor
     rotary: nn.Module
@@ -83,8 +84,32 @@ class Decoder:
         return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
 
 
-def read_decoder(model: PreTrainedModel) -> Decoder:
-    """The decoder in `model`, whose tensors it shares.
+class Layers(Sequence[Layer]):
+    """The layers of a model. Where their modules have no weights, layers are of meta tensors: `read` gets a whole one.
+
+    fill: gives a module the weights it lacks, by its name in the model.
+    """
+
+    def __init__(
+        self, modules: Sequence[Any], config: Any, fill: Callable[[Any, str], Any] | None = None
+    ) -> None:
+        self.modules, self.config, self.fill = modules, config, fill
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __getitem__(self, number: int) -> Layer:
+        return _layer(self.modules[number], self.config)
+
+    def read(self, number: int) -> Layer:
+        """A layer with its weights, but those of experts: kept only by who asks, so that not all are in memory."""
+        if self.fill is None:
+            return self[number]
+        return _layer(self.fill(self.modules[number], f"model.layers.{number}"), self.config)
+
+
+def read_decoder(model: PreTrainedModel, fill: Callable[[Any, str], Any] | None = None) -> Decoder:
+    """The decoder in `model`, whose tensors it shares; layers get missing weights by `fill`.
 
     Raises ConfigError naming the model's property that a `Decoder` cannot express; the torch step runs such models.
     """
@@ -103,8 +128,7 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
     _require(not sharded, "its parameters are spread over ranks")
     inner: Any = model.model
     head: Any = model.get_output_embeddings()
-    layers = [_layer(layer, config) for layer in inner.layers]
-    first, heads = layers[0].attention, config.num_attention_heads
+    first, heads = Layers(inner.layers, config)[0].attention, config.num_attention_heads
     head_dim = inner.layers[0].self_attn.head_dim
     return Decoder(
         hidden=config.hidden_size,
@@ -116,7 +140,7 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
         normalise_top_k=family in ALWAYS_NORMALISED or bool(getattr(config, "norm_topk_prob", False)),
         qk_norm_all=first.q_norm is not None and first.q_norm.numel() != head_dim,
         embedding_VD=inner.embed_tokens.weight.detach(),
-        layers=layers,
+        layers=Layers(inner.layers, config, fill),
         final_norm_D=inner.norm.weight.detach(),
         head_VD=head.weight.detach(),
         rotary=inner.rotary_emb,

@@ -7,12 +7,13 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from anabranch.errors import BuildError, ConfigError
 from anabranch.scheduling.chain import Chain, End, Request
@@ -25,6 +26,8 @@ from anabranch.serving.sampler import sample
 from anabranch.serving.step.base import Outputs, Rows, Step
 from anabranch.serving.step.native import WEIGHTS, NativeStep
 from anabranch.serving.step.torch_step import TorchStep
+from anabranch.serving.store.arena import ExpertStore, StoreFigures
+from anabranch.serving.store.checkpoint import Checkpoint
 from anabranch.serving.table import PageTable
 
 STEPS = ("auto", "native", "torch")
@@ -49,6 +52,10 @@ class EngineSettings:
     limits: Limits = field(default_factory=Limits)
     # Tokens guessed ahead of a chain at most, where that pays; 0 for none. The output stays what it is without.
     speculate: int = 0
+    # Memory for weights: experts that do not fit stay on disk (`Engine.from_folder`). None for all in memory.
+    memory_limit_mib: int | None = None
+    # Where those experts are kept, packed: as large as they are, on the fastest disk.
+    store_folder: str = "~/.cache/anabranch/store"
 
     def __post_init__(self) -> None:
         for name, value, known in (("dtype", self.dtype, (None, *WEIGHTS)), ("step", self.step, STEPS)):
@@ -60,8 +67,13 @@ class EngineSettings:
             first_page(self.kv_dtype)
         if self.kv_memory_mib < 1:
             raise ConfigError("must be at least 1", setting="kv_memory_mib")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError("must be at least 1", setting="threads")
+        for name, value in (("threads", self.threads), ("memory_limit_mib", self.memory_limit_mib)):
+            if value is not None and value < 1:
+                raise ConfigError("must be at least 1", setting=name)
+        if self.memory_limit_mib is not None and self.step == "torch":
+            raise ConfigError(
+                "the torch step holds the whole model; use step='native'", setting="memory_limit_mib"
+            )
         if not 0 <= self.speculate < PAGE:
             raise ConfigError(f"must lie in 0 to {PAGE - 1}, not {self.speculate}", setting="speculate")
 
@@ -80,8 +92,16 @@ class Completion(NamedTuple):
 class Engine:
     """Serves one model in this process. Close it, or use it as a context, to give its memory back."""
 
-    def __init__(self, model: PreTrainedModel, settings: EngineSettings | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: EngineSettings | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """checkpoint: what `model`, its skeleton, has its weights in; only under a memory limit."""
         self.settings = settings or EngineSettings()
+        if self.settings.memory_limit_mib is not None and checkpoint is None:
+            raise ConfigError("this model is in memory; use Engine.from_folder", setting="memory_limit_mib")
         self.limits = self.settings.limits
         self.why_not_native: str | None = None
         weights = self.settings.dtype or str(model.dtype).removeprefix("torch.")
@@ -99,12 +119,34 @@ class Engine:
         if kv_dtype != dtype:
             open_pages = PagePool(2 * self.limits.slots + pages_of(self.limits.chunk), first_page(dtype))
             self.pools[dtype] = allocate(self.kv_shape, dtype, open_pages.pages)
-        self.step = self._step(model, weights)
+        self.step = (
+            self._step(model, weights) if checkpoint is None else self._limited(model, weights, checkpoint)
+        )
         rewriter = self.step if isinstance(self.step, NativeStep) else None
         self.table = PageTable(self.limits.slots, self.limits.tokens, open_pages, rewriter)
         self.logprobs: dict[Chain, list[float | None]] = {}
         # Called after each step, while its parts are as they entered.
         self.watchers: list[Callable[[Sequence[Part], Outputs], None]] = []
+
+    @classmethod
+    def from_folder(cls, folder: Path, settings: EngineSettings | None = None) -> "Engine":
+        """Serves the checkpoint in `folder`; with `memory_limit_mib` it may be larger than memory.
+
+        Raises CheckpointError for a folder that is none, and ConfigError for a limit below the least that works.
+        """
+        settings = settings or EngineSettings()
+        # int8 is made of the checkpoint's own numbers.
+        dtype = None if settings.dtype in (None, "int8") else getattr(torch, settings.dtype)
+        if settings.memory_limit_mib is None:
+            return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval(), settings)
+        checkpoint = Checkpoint(folder)
+        return cls(checkpoint.skeleton(dtype), settings, checkpoint)
+
+    @property
+    def store(self) -> StoreFigures | None:
+        """What the expert store has done; None where all experts are in memory."""
+        store = self.step.store if isinstance(self.step, NativeStep) else None
+        return None if store is None else store.figures()
 
     def __enter__(self) -> "Engine":
         return self
@@ -199,9 +241,8 @@ class Engine:
         wants = self.settings.step
         if wants != "torch" and (wants == "native" or model.device.type == "cpu"):
             try:
-                threads = self.settings.threads or os.cpu_count() or 1
                 decoder = read_decoder(model)
-                return NativeStep(decoder, weights, self.pools, self.limits.tokens, threads)
+                return NativeStep(decoder, weights, self.pools, self.limits.tokens, self._threads())
             except (ConfigError, BuildError) as error:
                 if wants == "native":
                     raise
@@ -209,6 +250,16 @@ class Engine:
         if str(model.dtype) != f"torch.{weights}":
             raise ConfigError(f"the torch step runs the model as it is, {model.dtype}", setting="dtype")
         return TorchStep(model, self.kv_shape, self.pools)
+
+    def _limited(self, skeleton: PreTrainedModel, weights: str, checkpoint: Checkpoint) -> Step:
+        limit_mib, folder = self.settings.memory_limit_mib, Path(self.settings.store_folder)
+        assert limit_mib is not None
+        decoder = read_decoder(skeleton, checkpoint.filled)
+        store = ExpertStore(checkpoint, decoder, weights, limit_mib, folder)
+        return NativeStep(decoder, weights, self.pools, self.limits.tokens, self._threads(), store)
+
+    def _threads(self) -> int:
+        return self.settings.threads or os.cpu_count() or 1
 
     def _rows(self, parts: Iterable[Part]) -> Rows:
         tokens, positions, chains, want = [], [], [], []

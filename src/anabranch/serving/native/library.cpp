@@ -19,12 +19,12 @@ struct Handle {
     }
 
     template <class Kind>
-    std::function<void(const AnabranchRows&)> runner(const AnabranchModel& model) {
-        return [step = std::make_shared<Step<Kind>>(model, team)](const AnabranchRows& rows) { step->run(rows); };
+    std::function<int(const AnabranchRows&)> runner(const AnabranchModel& model) {
+        return [step = std::make_shared<Step<Kind>>(model, team)](const AnabranchRows& rows) { return step->run(rows); };
     }
 
     Team team;
-    std::function<void(const AnabranchRows&)> run;
+    std::function<int(const AnabranchRows&)> run;
 };
 
 // Symmetric int8 of a page: keys with one scale a channel, values with one a token.
@@ -53,9 +53,12 @@ void* anabranch_open(const AnabranchModel* model, int threads) { return new Hand
 
 void anabranch_close(void* handle) { delete static_cast<Handle*>(handle); }
 
-void anabranch_step(void* handle, const AnabranchRows* rows) {
-    static_cast<Handle*>(handle)->run(*rows);
+// Returns 0, or 1 + the number of an expert's record that is damaged: the step is then to be repeated.
+int anabranch_step(void* handle, const AnabranchRows* rows) {
+    return 1 + static_cast<Handle*>(handle)->run(*rows);
 }
+
+uint64_t anabranch_checksum(const uint8_t* data, int64_t bytes) { return checksum(data, bytes); }
 
 int64_t anabranch_page_bytes(int layers, int heads, int dim, int format) {
     return PageShape{layers, heads, dim}.page_bytes(static_cast<Format>(format));

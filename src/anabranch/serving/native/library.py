@@ -1,7 +1,7 @@
 """The C++ library's functions and structures, as model.h and library.cpp declare them."""
 
 import ctypes
-from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 
 from anabranch.serving.native.build import build
@@ -15,8 +15,18 @@ class Layer(ctypes.Structure):
             "attention_norm", "mlp_norm", "q_norm", "k_norm", "qkv", "qkv_bias", "out", "out_bias", "router", "gate_up",
             "down", "shared_gate_up", "shared_down", "shared_gate",
         )),
-        *((name, c_int32) for name in ("experts", "top_k", "width", "shared_width")),
+        *((name, c_int32) for name in ("experts", "top_k", "width", "shared_width", "first_record")),
     )  # fmt: skip
+
+
+class Store(ctypes.Structure):
+    """`AnabranchStore`."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("file", "slots", "records")),
+        *((name, c_int64) for name in ("first_byte", "record_bytes")),
+        *((name, c_void_p) for name in ("arena", "checksums", "wanted", "needed", "figures")),
+    )
 
 
 class Model(ctypes.Structure):
@@ -30,6 +40,7 @@ class Model(ctypes.Structure):
         ("eps", c_float),
         *((name, c_void_p) for name in ("embedding", "final_norm", "head", "cosines", "sines")),
         ("layer", POINTER(Layer)),
+        ("store", POINTER(Store)),
     )  # fmt: skip
 
 
@@ -67,7 +78,7 @@ def library() -> ctypes.CDLL:
     made = build()
     made.anabranch_open.argtypes, made.anabranch_open.restype = [POINTER(Model), c_int], c_void_p
     made.anabranch_close.argtypes, made.anabranch_close.restype = [c_void_p], None
-    made.anabranch_step.argtypes, made.anabranch_step.restype = [c_void_p, POINTER(Rows)], None
+    made.anabranch_step.argtypes, made.anabranch_step.restype = [c_void_p, POINTER(Rows)], c_int
     made.anabranch_page_bytes.argtypes = [c_int, c_int, c_int, c_int]
     made.anabranch_page_bytes.restype = c_int64
     made.anabranch_quantise.argtypes = [POINTER(c_void_p), c_int, c_int, c_int, c_int32, c_int32]
@@ -75,4 +86,5 @@ def library() -> ctypes.CDLL:
     made.anabranch_product.argtypes = [*[c_void_p] * 4, *[c_int] * 3]
     made.anabranch_product.restype = None
     made.anabranch_attention.argtypes, made.anabranch_attention.restype = [POINTER(Attention)], None
+    made.anabranch_checksum.argtypes, made.anabranch_checksum.restype = [c_void_p, c_int64], c_uint64
     return made

@@ -22,6 +22,18 @@ struct AnabranchLayer {
     const float* shared_gate;
     int32_t experts, top_k, width;  // width: padded to 32
     int32_t shared_width;           // 0 where no expert is shared
+    int32_t first_record;           // of its experts in the store, where gate_up and down are null
+};
+
+// Experts in a file, of which some are in memory; see store.h.
+struct AnabranchStore {
+    int32_t file, slots, records;
+    int64_t first_byte, record_bytes;
+    uint8_t* arena;             // [slots][record_bytes], aligned to 4096
+    const uint64_t* checksums;  // [records]
+    const float* wanted;        // [records] the least wanted gives way
+    uint8_t* needed;            // [records] set to 1 where a step needs it
+    int64_t* figures;           // hits, late, misses, reads, wait_ns: the step adds to them
 };
 
 struct AnabranchModel {
@@ -35,6 +47,7 @@ struct AnabranchModel {
     const float* cosines;   // [positions][rotary_dim / 2]
     const float* sines;
     const AnabranchLayer* layer;
+    const AnabranchStore* store;  // null where all experts are in memory
 };
 
 // The tokens of one step, a row each, rows of a chain in order.

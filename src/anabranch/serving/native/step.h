@@ -6,6 +6,7 @@
 #include "matrix.h"
 #include "model.h"
 #include "pages.h"
+#include "store.h"
 #include "team.h"
 
 namespace anabranch {
@@ -45,14 +46,17 @@ class Step {
           queries_(model.heads * model.head_dim),
           keys_(model.kv_heads * model.head_dim),
           qkv_wide_(padded(queries_ + 2 * keys_, BLOCK)),
-          own_(team.members()) {}
+          own_(team.members()),
+          store_(model.store ? std::make_unique<Store>(*model.store) : nullptr) {}
 
     // 1. embed; for each layer: 2. norm, 3. queries, keys and values, 4. rotate and cache, 5. attend, 6. project
     // back, 7. norm and route, 8. gate and up of the chosen experts, 9. down, weighted and summed; 10. logits.
-    void run(const AnabranchRows& rows) {
+    // Returns a record of the store that could not be read, else NONE.
+    int run(const AnabranchRows& rows) {
         reserve(rows);
         rows_ = &rows;
         team_.run([this](int member) { member_run(member); });
+        return store_ ? store_->failed() : Store::NONE;
     }
 
    private:
@@ -83,6 +87,7 @@ class Step {
         hidden_.resize(pairs * Kind::row_acts(width));
         shared_.resize(n * Kind::row_acts(shared));
         shared_weight_.resize(n);
+        guesses_.resize(store_ ? pairs : 0);
     }
 
     void member_run(int member) {
@@ -98,9 +103,10 @@ class Step {
             for (int r = member; r < rows.rows; r += team_.members()) {
                 normalise(r, layer.mlp_norm, r);
                 route(layer, l, r, own_[member]);
+                if (const auto* next = next_stored(l)) guess(*next, r, own_[member]);
             }
             team_.meet();
-            experts(layer, own_[member]);
+            experts(layer, l, member);
         }
         logits(member);
     }
@@ -222,11 +228,7 @@ class Step {
             ids[0] = 0, weights[0] = 1.0f;
             return;
         }
-        own.probabilities.resize(padded(layer.experts, BLOCK));
-        float* p = own.probabilities.data();
-        for (int b = 0; b < padded(layer.experts, BLOCK) / BLOCK; ++b)
-            multiply_block<F32>(layer.router, b, model_.hidden, &x, 1,
-                                [&](int, const f32x16* sums) { keep(p, nullptr, b, sums); });
+        float* p = scores(layer, x, own);
         softmax(p, layer.experts);
         float total = 0.0f;
         for (int i = 0; i < k; ++i) {
@@ -238,11 +240,85 @@ class Step {
         if (rows_->routed) std::copy(ids, ids + k, rows_->routed + (int64_t{l} * rows_->rows + r) * k);
     }
 
-    void experts(const AnabranchLayer& layer, Own& own) {
+    float* scores(const AnabranchLayer& layer, const float* x, Own& own) {
+        own.probabilities.resize(padded(layer.experts, BLOCK));
+        float* p = own.probabilities.data();
+        for (int b = 0; b < padded(layer.experts, BLOCK) / BLOCK; ++b)
+            multiply_block<F32>(layer.router, b, model_.hidden, &x, 1,
+                                [&](int, const f32x16* sums) { keep(p, nullptr, b, sums); });
+        return p;
+    }
+
+    const AnabranchLayer* next_stored(int l) const {
+        if (store_)
+            while (++l < model_.layers)
+                if (!model_.layer[l].gate_up) return &model_.layer[l];
+        return nullptr;
+    }
+
+    // What a row will probably choose in a later layer: that layer's router, applied to the row as it is now (Eliseev
+    // and Mazur, arXiv:2312.17238). The scale of its norm is left out: it does not change the order.
+    void guess(const AnabranchLayer& later, int r, Own& own) {
+        own.out.resize(model_.hidden);
+        for (int d = 0; d < model_.hidden; ++d) own.out[d] = residual_[size_t(r) * wide_ + d] * later.mlp_norm[d];
+        float* p = scores(later, own.out.data(), own);
+        for (int i = 0; i < later.top_k; ++i) {
+            const int best = static_cast<int>(std::max_element(p, p + later.experts) - p);
+            guesses_[size_t(r) * later.top_k + i] = best, p[best] = -INFINITY;
+        }
+    }
+
+    void expect(const AnabranchLayer& later) {
+        std::vector<int> votes(later.experts), records;
+        for (int i = 0; i < rows_->rows * later.top_k; ++i) ++votes[guesses_[i]];
+        for (int e = 0; e < later.experts; ++e)
+            if (votes[e]) records.push_back(later.first_record + e);
+        std::stable_sort(records.begin(), records.end(), [&](int a, int b) {
+            return votes[a - later.first_record] > votes[b - later.first_record];
+        });
+        store_->expect(records);
+    }
+
+    // All experts in one round, or as many of them as the store has room for in each; in order, so that sums are the
+    // same. order_: that of the gates and ups, in which resident experts come first.
+    void experts(const AnabranchLayer& layer, int l, int member) {
+        auto& own = own_[member];
+        own.groups.sort(ids_.data(), rows_->rows * layer.top_k, layer.experts);
+        if (layer.gate_up) return one_round(layer, own, own.groups.active, true);
+        const auto all = own.groups.active;
+        for (auto from = all.begin(); from != all.end();) {
+            const auto to = from + std::min<ptrdiff_t>(store_->slots(), all.end() - from);
+            own.groups.active.assign(from, to);
+            if (member == 0) {
+                std::vector<int> records;
+                for (auto e = from; e != to; ++e) records.push_back(layer.first_record + *e);
+                order_ = store_->need(records);
+                for (int& record : order_) record -= layer.first_record;
+                const auto* next = next_stored(l);
+                if (next && to == all.end()) expect(*next);
+            }
+            team_.meet();
+            one_round(layer, own, order_, to == all.end());
+            if (member == 0) store_->release();
+            from = to;
+        }
+    }
+
+    const uint8_t* gate_up_of(const AnabranchLayer& layer, int e) {
+        return layer.gate_up ? layer.gate_up + e * gate_up_bytes(layer) : store_->wait(layer.first_record + e);
+    }
+    const uint8_t* down_of(const AnabranchLayer& layer, int e) {
+        if (layer.down) return layer.down + int64_t{e} * (wide_ / BLOCK) * Kind::block_bytes(layer.width);
+        return store_->wait(layer.first_record + e) + gate_up_bytes(layer);
+    }
+    int64_t gate_up_bytes(const AnabranchLayer& layer) const {
+        return layer.width * 2 / BLOCK * Kind::block_bytes(model_.hidden);
+    }
+
+    void one_round(const AnabranchLayer& layer, Own& own, const std::vector<int>& order, bool last) {
         const int n = rows_->rows, width = layer.width, blocks = width * 2 / BLOCK;
-        own.groups.sort(ids_.data(), n * layer.top_k, layer.experts);
         const auto& groups = own.groups;
-        const int shared_blocks = layer.shared_width * 2 / BLOCK;
+        const int shared_blocks = last ? layer.shared_width * 2 / BLOCK : 0;
         const int tasks = static_cast<int>(groups.active.size()) * blocks + shared_blocks;
         for (int t; (t = team_.take()) < tasks;) {
             if (t < shared_blocks) {
@@ -251,16 +327,16 @@ class Step {
                         [&](int m) { return row(shared_, m, layer.shared_width); });
                 continue;
             }
-            const int e = groups.active[(t - shared_blocks) / blocks], b = (t - shared_blocks) % blocks;
+            const int e = order[(t - shared_blocks) / blocks], b = (t - shared_blocks) % blocks;
             const int first = groups.start[e], count = groups.start[e + 1] - first;
             own.inputs.resize(count);
             for (int m = 0; m < count; ++m)
                 own.inputs[m] = row(normal_, groups.pair[first + m] / layer.top_k, wide_);
-            gate_up(layer.gate_up, int64_t{e} * blocks + b, b, own, count,
+            gate_up(gate_up_of(layer, e), b, b, own, count,
                     [&](int m) { return row(hidden_, groups.pair[first + m], width); });
         }
         team_.meet();
-        for (int b; (b = team_.take()) < wide_ / BLOCK;) down(layer, b, own);
+        for (int b; (b = team_.take()) < wide_ / BLOCK;) down(layer, b, own, last);
         team_.meet();
     }
 
@@ -276,20 +352,19 @@ class Step {
     }
 
     // One block of outputs of every expert: one member adds them all, in the order of experts.
-    void down(const AnabranchLayer& layer, int b, Own& own) {
+    void down(const AnabranchLayer& layer, int b, Own& own, bool last) {
         const auto& groups = own.groups;
         const int width = layer.width;
         for (const int e : groups.active) {
             const int first = groups.start[e], count = groups.start[e + 1] - first;
             own.inputs.resize(count);
             for (int m = 0; m < count; ++m) own.inputs[m] = row(hidden_, groups.pair[first + m], width);
-            const int64_t block = int64_t{e} * (wide_ / BLOCK) + b;
-            multiply_block<Kind>(layer.down, block, width, own.inputs.data(), count, [&](int m, const f32x16* sums) {
+            multiply_block<Kind>(down_of(layer, e), b, width, own.inputs.data(), count, [&](int m, const f32x16* sums) {
                 const int pair = groups.pair[first + m];
                 add(&residual_[size_t(pair / layer.top_k) * wide_], nullptr, b, sums, weights_[pair]);
             });
         }
-        if (layer.shared_width) {
+        if (last && layer.shared_width) {
             gather(own, shared_, layer.shared_width, rows_->rows);
             multiply_block<Kind>(layer.shared_down, b, layer.shared_width, own.inputs.data(), rows_->rows,
                                  [&](int r, const f32x16* sums) {
@@ -377,7 +452,9 @@ class Step {
     std::vector<Own> own_;
     std::vector<float> residual_, normal32_, qkv_, turned_, weights_, shared_weight_;
     std::vector<Act> normal_, attended_, hidden_, shared_;
-    std::vector<int32_t> ids_;
+    std::vector<int32_t> ids_, guesses_;
+    std::vector<int> order_;
+    std::unique_ptr<Store> store_;
 };
 
 }  // namespace anabranch

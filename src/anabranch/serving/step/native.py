@@ -14,10 +14,12 @@ from anabranch.serving.native.library import Rows as NativeRows
 from anabranch.serving.native.pack import BLOCK, HALF, pack, pack_down, pack_gate_up, pad
 from anabranch.serving.pools import FORMATS, KvShape, prefer_huge_pages
 from anabranch.serving.step.base import Outputs, Rows
+from anabranch.serving.store.arena import ExpertStore
 
 MAX_HEAD_DIM = 512
 # As model.h numbers them.
 WEIGHTS = ("float32", "bfloat16", "int8")
+PART = 64 * BLOCK  # outputs packed at once
 
 
 class NativeStep:
@@ -25,21 +27,28 @@ class NativeStep:
 
     weights: "float32", "bfloat16" or "int8" (a scale for each output). What is multiplied with them is fp32 for
     float32 and bf16 else; sums, norms, softmax and the residual stream are fp32 always. pools: uint8 pages by
-    format, as `pools.allocate` makes them. Raises ConfigError for a model whose sizes it cannot compute, and
-    BuildError without a compiler.
+    format, as `pools.allocate` makes them. store: of the experts that `decoder` has no weights of. Raises
+    ConfigError for a model whose sizes it cannot compute, and BuildError without a compiler.
     """
 
     name = "native"
 
     def __init__(
-        self, decoder: Decoder, weights: str, pools: dict[str, Tensor], positions: int, threads: int
+        self,
+        decoder: Decoder,
+        weights: str,
+        pools: dict[str, Tensor],
+        positions: int,
+        threads: int,
+        store: ExpertStore | None = None,
     ) -> None:
+        self._handle: int | None = None
         _check(decoder, weights)
         self.vocab, self.routing = decoder.vocab, False
         self._top_k = max(layer.experts.top_k for layer in decoder.layers)
         self._routers = [i for i, layer in enumerate(decoder.layers) if layer.experts.router_ED is not None]
         self.kv_shape = KvShape(len(decoder.layers), decoder.kv_heads, decoder.head_dim)
-        self._library, self._weights = library(), weights
+        self._library, self._weights, self.store = library(), weights, store
         self._kept: list[Tensor] = []
         self._pools = pools
         self._pointers = (c_void_p * len(FORMATS))(
@@ -48,7 +57,10 @@ class NativeStep:
         self._layers = (Layer * len(decoder.layers))(
             *(self._layer(decoder, i) for i in range(len(decoder.layers)))
         )
-        self._handle = self._library.anabranch_open(ctypes.byref(self._model(decoder, positions)), threads)
+        model = self._model(decoder, positions)
+        if store is not None:
+            model.store = ctypes.pointer(store.claim(self.weight_bytes))
+        self._handle = self._library.anabranch_open(ctypes.byref(model), threads)
         self._logits_WV = torch.empty(0, pad(decoder.vocab, BLOCK))
         self._best_W = np.empty(0, dtype=np.int32)
         self._log_total_W = np.empty(0, dtype=np.float32)
@@ -73,7 +85,11 @@ class NativeStep:
             self._logits_WV.data_ptr(), self._best_W.ctypes.data, self._log_total_W.ctypes.data,
             None if routed_LTK is None else routed_LTK.ctypes.data, None,
         )  # fmt: skip
-        self._library.anabranch_step(self._handle, ctypes.byref(native))
+        while damaged := self._library.anabranch_step(self._handle, ctypes.byref(native)):
+            assert self.store is not None
+            self.store.records.repair(damaged - 1)
+        if self.store is not None:
+            self.store.after_step()
         return Outputs(
             self._logits_WV[:wanted, : self.vocab], self._best_W[:wanted], self._log_total_W[:wanted],
             None if routed_LTK is None else routed_LTK[self._routers],
@@ -89,6 +105,8 @@ class NativeStep:
             self._library.anabranch_close(self._handle)
             self._handle = None
             self._kept.clear()
+            if self.store is not None:
+                self.store.close()
 
     def __del__(self) -> None:
         self.close()
@@ -105,7 +123,7 @@ class NativeStep:
         )  # fmt: skip
 
     def _layer(self, decoder: Decoder, number: int) -> Layer:
-        layer = decoder.layers[number]
+        layer = decoder.layers.read(number)
         attention, experts = layer.attention, layer.experts
         wide = pad(attention.qkv_ND.shape[0], BLOCK)
         shared = experts.shared
@@ -117,14 +135,23 @@ class NativeStep:
             *self._expert_pair(experts), *((None, None) if shared is None else self._expert_pair(shared)),
             self._fp32(experts.shared_gate_D), experts.gate_up_EXD.shape[0], experts.top_k, _width(experts),
             0 if shared is None else _width(shared),
+            0 if self.store is None or experts.router_ED is None else self.store.first_record(number),
         )  # fmt: skip
 
-    def _expert_pair(self, experts: Experts) -> tuple[int, int]:
+    def _expert_pair(self, experts: Experts) -> tuple[int | None, int | None]:
+        if experts.gate_up_EXD.is_meta:
+            return None, None
         gate_up = pack_gate_up(experts.gate_up_EXD, self._weights)
         return self._keep(gate_up), self._keep(pack_down(experts.down_EDF, self._weights))
 
     def _packed(self, weight_NK: Tensor) -> int:
-        return self._keep(pack(weight_NK, self._weights))
+        """Packed part by part: a large matrix is never in memory thrice."""
+        whole = pack(weight_NK.to("meta"), self._weights)
+        kept = self._empty(whole.shape, whole.dtype)
+        for at in range(0, len(weight_NK), PART):
+            part = pack(weight_NK[at : at + PART], self._weights)
+            kept[at // BLOCK : at // BLOCK + len(part)] = part
+        return kept.data_ptr()
 
     def _fp32(self, tensor: Tensor | None, wide: int = 0) -> int | None:
         """Padded with zeros to `wide`."""
@@ -135,12 +162,15 @@ class NativeStep:
         return self._keep(kept)
 
     def _keep(self, tensor: Tensor) -> int:
-        """Its address; in a copy on huge pages, so that streaming it seldom misses the translation cache."""
-        kept = torch.empty_like(tensor)
+        """Its address, in a copy."""
+        return self._empty(tensor.shape, tensor.dtype).copy_(tensor).data_ptr()
+
+    def _empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """On huge pages, so that streaming it seldom misses the translation cache."""
+        kept = torch.empty(shape, dtype=dtype)
         prefer_huge_pages(kept)
-        kept.copy_(tensor)
         self._kept.append(kept)
-        return kept.data_ptr()
+        return kept
 
 
 def _width(experts: Experts) -> int:
