@@ -1,0 +1,48 @@
+"""Pages are counted exactly."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.errors import ConfigError
+from anabranch.scheduling.pages import PAGE, PagePool, pages_of
+
+
+def test_pages_of_tokens() -> None:
+    assert [pages_of(n) for n in (0, 1, PAGE, PAGE + 1)] == [0, 1, 1, 2]
+
+
+@given(st.integers(1, 6), st.integers(0, 1 << 28), st.lists(st.integers(0, 99), max_size=60))
+def test_a_page_is_free_when_nobody_holds_it(pages: int, first: int, choices: list[int]) -> None:
+    pool = PagePool(pages, first)
+    held: dict[int, int] = {}
+    for choice in choices:
+        some = sorted(held)[choice % len(held)] if held else None
+        if choice % 3 == 0 and pool.free:
+            page = pool.take()
+            assert page not in held and first <= page < first + pages
+            held[page] = 1
+        elif choice % 3 == 1 and some is not None:
+            pool.share(some)
+            held[some] += 1
+        elif some is not None:
+            pool.give_back(some)
+            held[some] -= 1
+            held = {page: n for page, n in held.items() if n}
+        pool.check(held)
+        assert pool.free == pages - len(held)
+        assert all(pool.holders(page) == n for page, n in held.items())
+
+
+def test_misuse_is_noticed() -> None:
+    pool = PagePool(2)
+    page = pool.take()
+    pool.give_back(page)
+    for wrong in (pool.give_back, pool.share):
+        with pytest.raises(AssertionError, match="free"):
+            wrong(page)
+    pool.take()
+    with pytest.raises(AssertionError, match="expected"):
+        pool.check({})
+    with pytest.raises(ConfigError, match="kv_memory"):
+        PagePool(0)
