@@ -32,6 +32,8 @@ class NativeStep:
     """
 
     name = "native"
+    # None until it is open, and after it is closed.
+    _handle: int | None = None
 
     def __init__(
         self,

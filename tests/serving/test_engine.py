@@ -1,0 +1,207 @@
+"""Greedy output is transformers' own, token by token, whatever the step, the batch, the chunks and the memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from tests.serving.toy_decoders import FAMILIES, greedy, prompt, toy_decoder
+
+from anabranch.errors import BuildError, ConfigError
+from anabranch.scheduling.chain import End, Request
+from anabranch.scheduling.sampling import Sampling
+from anabranch.scheduling.scheduler import Limits
+from anabranch.scheduling.thinking import Thinking
+from anabranch.serving.engine import Completion, Engine, EngineSettings
+from anabranch.serving.native import library
+
+NEW = 40
+# Under a page, over one, over the chunk: all prompts are of other places of the text.
+PROMPTS = [prompt(n, 50 * n) for n in (5, 17, 33, 64, 100)]
+STEPS = ("native", "torch")
+
+
+@contextmanager
+def engine(family: str, step: str = "native", **settings: Any) -> Iterator[Engine]:
+    """Fewer slots than prompts and a chunk smaller than some of them."""
+    limits = settings.pop("limits", Limits(slots=4, chunk=24, tokens=512))
+    with Engine(toy_decoder(family), EngineSettings(step=step, threads=1, limits=limits, **settings)) as made:
+        yield made
+        made.check()
+        assert made.scheduler.pool.free == made.scheduler.pool.pages - len(made.scheduler.prefixes.pages)
+        assert not made.logprobs
+
+
+def tokens_of(completions: list[Completion]) -> list[list[int]]:
+    return [c.tokens for c in completions]
+
+
+def references(family: str, new: int = NEW) -> list[list[int]]:
+    return [greedy(family, p, new) for p in PROMPTS]
+
+
+# The torch step is transformers' own modules: two families show its pages.
+WIDE = [
+    (family, step)
+    if step == "native" or family in ("qwen3_moe", "llama")
+    else pytest.param(family, step, marks=pytest.mark.full)
+    for family in FAMILIES
+    for step in STEPS
+]
+
+
+@pytest.mark.parametrize(("family", "step"), WIDE)
+def test_greedy_output_is_that_of_transformers(family: str, step: str) -> None:
+    with engine(family, step) as made:
+        assert made.step.name == step
+        assert tokens_of(made.generate([Request(p, NEW) for p in PROMPTS])) == references(family)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_preempted_chains_go_on_as_if_they_had_not_been(step: str) -> None:
+    family, new = "qwen3_moe", 100
+    with engine(family, step, kv_memory_mib=1) as made:
+        # Of 64 pages all but a few are taken away, since a toy's tokens are small.
+        pool = made.scheduler.pool
+        taken = [pool.take() for _ in range(pool.pages - 14)]
+        done = made.generate([Request(p, new) for p in PROMPTS])
+        assert made.scheduler.tally.preempted > 0
+        for page in taken:
+            pool.give_back(page)
+        assert tokens_of(done) == references(family, new)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_samples_and_later_requests_share_their_prompt(step: str) -> None:
+    family, asked = "mixtral", PROMPTS[4]
+    with engine(family, step) as made:
+        done = made.generate([Request(asked, NEW, samples=6)])
+        assert tokens_of(done) == [greedy(family, asked, NEW)] * 6
+        assert made.scheduler.tally.reused == 5 * 96, "six whole pages of each sample but the first"
+        longer = asked + tuple(greedy(family, asked, NEW)[:8])
+        assert tokens_of(made.generate([Request(longer, 20)])) == [greedy(family, longer, 20)]
+        assert made.scheduler.tally.reused == 6 * 96
+
+
+def test_a_chain_does_not_depend_on_its_batch() -> None:
+    """Bit for bit, in the native step's fp32."""
+    request = Request(PROMPTS[2], NEW, samples=2, sampling=Sampling(temperature=0.8, seed=5))
+    others = [Request(p, NEW, sampling=Sampling(temperature=1.0, seed=9)) for p in PROMPTS]
+    with engine("qwen2_moe", limits=Limits(slots=1, chunk=512, tokens=512)) as made:
+        alone = made.generate([request])
+    with engine("qwen2_moe", limits=Limits(slots=8, chunk=7, tokens=512)) as made:
+        among = made.generate([*others, request])[len(others) :]
+    assert [(c.tokens, c.logprobs) for c in among] == [(c.tokens, c.logprobs) for c in alone]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_logprobs_are_those_of_the_model(step: str) -> None:
+    with engine("olmoe", step) as made:
+        done = made.generate([Request(p, 10, sampling=Sampling(temperature=1.5, top_k=20)) for p in PROMPTS])
+    for asked, completion in zip(PROMPTS, done, strict=True):
+        with torch.no_grad():
+            logits_TV = toy_decoder("olmoe")(torch.tensor([[*asked, *completion.tokens]])).logits[0]
+        expected_TV = logits_TV.log_softmax(-1)[len(asked) - 1 : -1]
+        expected = expected_TV[range(10), completion.tokens].tolist()
+        assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_forced_end_of_thought_is_part_of_the_chain(step: str) -> None:
+    family, asked, thinking = "qwen3_moe", PROMPTS[1], Thinking(10, (60, 47), (46, 46))
+    forced = [46, 46, 60, 47]
+    with engine(family, step) as made:
+        (done,) = made.generate([Request(asked, 30, thinking=thinking)])
+        (at_once,) = made.generate([Request(asked, 12, thinking=Thinking(0, (60, 47)))])
+    before = greedy(family, asked, 10)
+    after = greedy(family, (*asked, *before, *forced), 16)
+    assert done.tokens == [*before, *forced, *after] and done.end is End.LENGTH
+    assert [i for i, logprob in enumerate(done.logprobs) if logprob is None] == [10, 11, 12, 13]
+    assert at_once.tokens == [60, 47, *greedy(family, (*asked, 60, 47), 10)]
+    assert at_once.logprobs[:2] == [None, None] and None not in at_once.logprobs[2:]
+
+
+def test_a_chain_ends_at_a_stop_token() -> None:
+    whole = greedy("llama", PROMPTS[0], NEW)
+    with engine("llama") as made:
+        (done,) = made.generate([Request(PROMPTS[0], NEW, stop_tokens=frozenset({whole[7]}))])
+    assert done.tokens == whole[: whole.index(whole[7]) + 1] and done.end is End.STOP
+
+
+def test_a_cancelled_chain_gives_its_pages_back() -> None:
+    with engine("llama") as made:
+        first, *others = (chain for p in PROMPTS for chain in made.submit(Request(p, NEW)))
+        for _ in range(5):
+            made.advance()
+        for chain in others:
+            made.cancel(chain)
+            assert made.completion(chain).end is End.CANCELLED
+        made.check()
+        while first.end is None:
+            made.advance()
+        assert made.completion(first).tokens == greedy("llama", PROMPTS[0], NEW)
+
+
+def forced_chain(made: Engine, tokens: tuple[int, ...]) -> torch.Tensor:
+    """Logits of every position of a chain that is fed these tokens one by one after the first 8."""
+    rows: list[torch.Tensor] = []
+    made.watchers.append(lambda _, outputs: rows.append(outputs.logits_WV.clone()))
+    (chain,) = made.submit(Request(tokens[:8], len(tokens) - 8))
+    while chain.end is None:
+        made.advance()
+        chain.tokens[8 : 8 + len(rows)] = tokens[8 : 8 + len(rows)]
+    made.completion(chain)
+    return torch.cat(rows)
+
+
+def test_int8_pages_are_close_to_full_ones() -> None:
+    """At the end of 200 tokens most of what is attended to is int8. A dense family: no choice of experts flips."""
+    with engine("qwen3") as made:
+        full = forced_chain(made, prompt(200)).log_softmax(-1)
+    with engine("qwen3", kv_dtype="int8") as made:
+        small = forced_chain(made, prompt(200)).log_softmax(-1)
+        assert made.kv_shape.page_bytes("int8") * 3 < made.kv_shape.page_bytes("float32")
+    kl_T = (full.exp() * (full - small)).sum(-1)
+    assert torch.equal(full[:8], small[:8]), "the first page is not full yet"
+    assert 0 < kl_T.max() < 1e-3, kl_T.max()
+    with pytest.raises(ConfigError, match="kv_dtype"), engine("qwen3", "torch", kv_dtype="int8"):
+        pass
+
+
+def test_bf16_is_close_to_fp32() -> None:
+    with engine("qwen3") as made:
+        full = forced_chain(made, prompt(100)).log_softmax(-1)
+    with engine("qwen3", dtype="bfloat16") as made:
+        small = forced_chain(made, prompt(100)).log_softmax(-1)
+    kl_T = (full.exp() * (full - small)).sum(-1)
+    assert 0 < kl_T.max() < 1e-3, kl_T.max()
+
+
+def test_mistakes_are_named() -> None:
+    for wrong, named in (
+        ({"dtype": "float8"}, "dtype"),
+        ({"kv_dtype": "float8"}, "kv_dtype"),
+        ({"kv_memory_mib": 0}, "kv_memory_mib"),
+        ({"threads": 0}, "threads"),
+        ({"step": "fast"}, "step"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{named}: "):
+            EngineSettings(**wrong)
+    with engine("llama") as made, pytest.raises(ConfigError, match="token 256 is not in a vocabulary of 256"):
+        made.submit(Request((1, 256)))
+
+
+def test_without_a_compiler_the_engine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent")
+    library.library.cache_clear()
+    try:
+        with engine("llama", "auto") as made:
+            assert made.step.name == "torch" and "no C++ compiler" in str(made.why_not_native)
+            assert tokens_of(made.generate([Request(PROMPTS[0], 5)])) == [
+                greedy("llama", PROMPTS[0], NEW)[:5]
+            ]
+        with pytest.raises(BuildError, match="install g"), engine("llama", "native"):
+            pass
+    finally:
+        library.library.cache_clear()
