@@ -1,0 +1,324 @@
+"""A tiny MoE learns sums from worked solutions, then improves by GRPO on its own samples. One command, on a CPU:
+
+    python -m recipes.reasoning_grpo                  # the whole run: figures in runs/reasoning/report.json
+    python -m recipes.reasoning_grpo --quick          # the same in small, a smoke test
+    python -m recipes.reasoning_grpo --resume         # go on after Ctrl-C from the last checkpoint
+
+runs/reasoning/pretrained and runs/reasoning/grpo are folders that `Engine` and transformers load.
+"""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from recipes.arithmetic import (
+    EOS,
+    MAX_NEW_TOKENS,
+    Problem,
+    answer,
+    model_config,
+    problems,
+    solution,
+    solved,
+    tokenizer,
+)  # fmt: skip
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch.nn.utils import clip_grad_norm_
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from anabranch.scheduling.chain import Request
+from anabranch.scheduling.sampling import Sampling
+from anabranch.scheduling.scheduler import Limits
+from anabranch.scheduling.voting import Ballot
+from anabranch.serving.engine import EngineSettings
+from anabranch.serving.invariant import BatchInvariant
+from anabranch.serving.rollout import Rollout, RolloutEngine
+from anabranch.training.grpo import advantages, objective, pad, spread, token_logprobs
+
+# Seeds of problems: ranges that no stage shares.
+JUDGED, PRACTISED, WORKED = 0, 1_000_000, 10_000_000
+CHECKPOINT_EVERY = 20
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run does. A batch of worked solutions or a round of samples is one step of its stage."""
+
+    pretrain_steps: int = 320
+    pretrain_batch: int = 128
+    pretrain_lr: float = 3e-3
+    grpo_steps: int = 60
+    # Each step: problems and samples of each, learnt from in so many optimizer steps.
+    prompts: int = 24
+    samples: int = 8
+    parts: int = 2
+    grpo_lr: float = 3e-4
+    clip: float = 0.2
+    # Judged before and after: problems, and samples of each.
+    judged: int = 256
+    votes: int = 8
+
+
+QUICK = Sizes(pretrain_steps=40, pretrain_batch=32, grpo_steps=4, prompts=8, judged=16)
+
+
+def settings(step: str) -> EngineSettings:
+    """Of the engine that samples: "native", or "torch" for batch-invariant mode."""
+    return EngineSettings(
+        step=step, kv_memory_mib=64, threads=torch.get_num_threads(), limits=Limits(slots=64, tokens=128)
+    )
+
+
+def requests(asked: list[Problem], samples: int, seed: int) -> list[Request]:
+    """Samples at temperature 1: the policy itself, which the ratio of probabilities is about."""
+    return [
+        Request(
+            problem.prompt,
+            MAX_NEW_TOKENS,
+            samples,
+            Sampling(temperature=1.0, seed=seed + i),
+            frozenset({EOS}),
+        )
+        for i, problem in enumerate(asked)
+    ]
+
+
+def stage(
+    folder: Path,
+    model: PreTrainedModel,
+    steps: int,
+    lr: float,
+    resume: bool,
+    step: Callable[[int, torch.optim.Optimizer], dict[str, float]],
+) -> list[dict[str, float]]:
+    """Run step(number, optimizer) so often, with checkpoints; `folder` then holds the model, loadable by itself.
+
+    Resumed, it goes on from its last checkpoint, to the same bits: a step depends on its number only.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
+    history: list[dict[str, float]] = []
+    if resume and (folder / "state.pt").exists():
+        state = torch.load(folder / "state.pt", weights_only=True)
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+        optimizer.load_state_dict(state["optimizer"])
+        history = state["history"]
+    with Progress() as progress:
+        bar = progress.add_task(folder.name, total=steps, completed=len(history))
+        for number in range(len(history), steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, (number + 1) / 20) * (1 - 0.9 * number / steps)
+            history.append(step(number, optimizer))
+            shown = ", ".join(f"{name} {value:.3g}" for name, value in history[-1].items())
+            progress.update(bar, advance=1, description=f"{folder.name}: {shown}")
+            if (number + 1) % CHECKPOINT_EVERY == 0 or number + 1 == steps:
+                save(folder, model, {"optimizer": optimizer.state_dict(), "history": history})
+    return history
+
+
+def save(folder: Path, model: PreTrainedModel, state: dict[str, Any]) -> None:
+    """Beside the old checkpoint first: an interruption leaves one of the two whole."""
+    new, old = folder.with_suffix(".new"), folder.with_suffix(".old")
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    model.save_pretrained(new)
+    tokenizer().save_pretrained(new)
+    torch.save(state, new / "state.pt")
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def descend(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def pretrain(folder: Path, model: PreTrainedModel, sizes: Sizes, resume: bool) -> list[dict[str, float]]:
+    """Worked solutions, each seen once."""
+
+    def step(number: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        worked = problems(WORKED + number * sizes.pretrain_batch, sizes.pretrain_batch)
+        sequences = pad([p.prompt for p in worked], [solution(p) for p in worked])
+        loss = -token_logprobs(model, sequences)[sequences.generated_BT].mean()
+        loss.backward()
+        descend(model, optimizer)
+        return {"loss": loss.item()}
+
+    return stage(folder, model, sizes.pretrain_steps, sizes.pretrain_lr, resume, step)
+
+
+def improve(folder: Path, model: PreTrainedModel, sizes: Sizes, resume: bool) -> list[dict[str, float]]:
+    """GRPO: one point for an answer that the verifier takes, none otherwise. Samples come from the native step, whose
+    log-probabilities differ from the trainer's by rounding; `mismatch` measures it."""
+
+    def step(number: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        asked = problems(PRACTISED + number * sizes.prompts, sizes.prompts)
+        started = time.perf_counter()
+        rollouts = engine.generate(requests(asked, sizes.samples, PRACTISED + number * sizes.prompts))
+        sampled = time.perf_counter()
+        right = [float(solved(asked[r.request], answer(r.tokens))) for r in rollouts]
+        advantage_QN = advantages(torch.tensor(right).view(-1, sizes.samples))
+        clipped = update(model, optimizer, rollouts, advantage_QN.flatten(), sizes)
+        return {
+            "solved": sum(right) / len(right),
+            "clipped": clipped,
+            "rollout_s": sampled - started,
+            "update_s": time.perf_counter() - sampled,
+            "tokens": sum(len(r.tokens) for r in rollouts),
+        }
+
+    with RolloutEngine(model, settings("native")) as engine:
+        return stage(folder, model, sizes.grpo_steps, sizes.grpo_lr, resume, step)
+
+
+def update(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    rollouts: list[Rollout],
+    advantage_B: torch.Tensor,
+    sizes: Sizes,
+) -> float:
+    """Optimizer steps on parts of the samples. Those of groups that all succeeded or all failed teach nothing and are
+    left out. Returns the fraction of tokens whose ratio was clipped."""
+    useful = advantage_B.nonzero().flatten().tolist()
+    clipped = []
+    for part in range(sizes.parts):
+        mine = useful[part :: sizes.parts]
+        if not mine:
+            continue
+        sequences = pad([rollouts[i].prompt for i in mine], [rollouts[i].tokens for i in mine])
+        sampled_BT = spread(sequences, [[x or 0.0 for x in rollouts[i].logprobs] for i in mine])
+        got = objective(
+            token_logprobs(model, sequences), sampled_BT, advantage_B[mine], sequences.generated_BT, sizes.clip,
+            tokens=len(rollouts) // sizes.parts * MAX_NEW_TOKENS // 2,
+        )  # fmt: skip
+        got.loss.backward()
+        descend(model, optimizer)
+        clipped.append(got.clipped)
+    return sum(clipped) / max(len(clipped), 1)
+
+
+def judge(model: PreTrainedModel, sizes: Sizes) -> dict[str, float]:
+    """Samples of problems that no stage saw: how many are solved, at what cost."""
+    asked = problems(JUDGED, sizes.judged)
+    with RolloutEngine(model, settings("native")) as engine:
+        started, cpu = time.perf_counter(), time.process_time()
+        rollouts = engine.generate(requests(asked, sizes.votes, JUDGED))
+        wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
+    right = [[False] * sizes.votes for _ in asked]
+    ballots = [Ballot(sizes.votes) for _ in asked]
+    saved = 0
+    for r in rollouts:
+        given, ballot = answer(r.tokens), ballots[r.request]
+        right[r.request][r.sample] = solved(asked[r.request], given)
+        if ballot.decided:
+            saved += len(r.tokens)
+        else:
+            ballot.cast(r.sample, given, len(r.tokens))
+    voted = [solved(p, ballot.outcome({}).answer) for p, ballot in zip(asked, ballots, strict=True)]
+    tokens, hits = sum(len(r.tokens) for r in rollouts), sum(map(sum, right))
+    return {
+        "pass@1": hits / len(rollouts),
+        f"pass@{sizes.votes}": sum(map(any, right)) / len(asked),
+        f"vote@{sizes.votes}": sum(voted) / len(asked),
+        "tokens_saved_by_early_vote": saved / tokens,
+        "tokens_per_sample": tokens / len(rollouts),
+        "tokens_per_solved": tokens / max(hits, 1),
+        "ms_per_solved": 1e3 * wall_s / max(hits, 1),
+        "cpu_ms_per_token": 1e3 * cpu_s / tokens,
+        **mismatch(model, sizes),
+    }
+
+
+def mismatch(model: PreTrainedModel, sizes: Sizes) -> dict[str, float]:
+    """The largest difference between log-probabilities of rollouts and of the trainer's forward over them."""
+    asked = problems(JUDGED, min(sizes.judged, 32))
+
+    def largest(step: str) -> float:
+        with RolloutEngine(model, settings(step)) as engine:
+            rollouts = engine.generate(requests(asked, 2, JUDGED))
+        sequences = pad([r.prompt for r in rollouts], [r.tokens for r in rollouts])
+        sampled_BT = spread(sequences, [[x or 0.0 for x in r.logprobs] for r in rollouts])
+        apart_BT = (token_logprobs(model, sequences) - sampled_BT) * sequences.generated_BT
+        return apart_BT.abs().max().item()
+
+    with torch.no_grad():
+        fast = largest("native")
+        with BatchInvariant():
+            return {"mismatch_fast": fast, "mismatch_invariant": largest("torch")}
+
+
+def machine() -> dict[str, Any]:
+    """Whose figures these are."""
+    info = Path("/proc/cpuinfo")
+    names = [
+        line.partition(":")[2].strip()
+        for line in info.read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "processor": names[0] if names else platform.processor(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "load_1min": os.getloadavg()[0], "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def show(report: dict[str, Any]) -> None:
+    table = Table(title="Before and after GRPO")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, before in report["before"].items():
+        table.add_row(name, f"{before:.4g}", f"{report['after'][name]:.4g}")
+    Console().print(table)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of checkpoints and of report.json.")] = Path(
+        "runs/reasoning"
+    ),
+    quick: Annotated[bool, typer.Option(help="A smoke test: the same in small.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False,
+) -> None:
+    """Pretrain a tiny MoE on worked sums, improve it by GRPO, and report both."""
+    sizes = QUICK if quick else Sizes()
+    if not resume:
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(model_config())
+    started = time.perf_counter()
+    try:
+        learnt = pretrain(out / "pretrained", model, sizes, resume)
+        before = judge(model, sizes)
+        history = improve(out / "grpo", model, sizes, resume)
+    except KeyboardInterrupt:
+        Console().print(f"Stopped. The last checkpoints are kept in {out}; --resume goes on from there.")
+        raise typer.Exit(130) from None
+    steps = len(history)
+    report = {
+        "machine": machine(),
+        "sizes": asdict(sizes),
+        "before": before,
+        "after": judge(model, sizes),
+        "wall_s": time.perf_counter() - started,
+        "pretrain_loss": learnt[-1]["loss"],
+        "grpo_step": {name: sum(h[name] for h in history) / steps for name in history[0]},
+        "grpo_solved": [h["solved"] for h in history],
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    show(report)
+
+
+if __name__ == "__main__":
+    typer.run(main)
