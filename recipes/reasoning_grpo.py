@@ -35,6 +35,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.sampling import Sampling
@@ -69,7 +70,7 @@ class Sizes:
     votes: int = 8
 
 
-QUICK = Sizes(pretrain_steps=40, pretrain_batch=32, grpo_steps=4, prompts=8, judged=16)
+QUICK = Sizes(pretrain_steps=120, pretrain_batch=64, grpo_steps=6, prompts=8, judged=32)
 
 
 def settings(step: str) -> EngineSettings:
@@ -199,7 +200,7 @@ def update(
         if not mine:
             continue
         sequences = pad([rollouts[i].prompt for i in mine], [rollouts[i].tokens for i in mine])
-        sampled_BT = spread(sequences, [[x or 0.0 for x in rollouts[i].logprobs] for i in mine])
+        sampled_BT = spread(sequences, [rollouts[i].logprobs for i in mine])
         got = objective(
             token_logprobs(model, sequences), sampled_BT, advantage_B[mine], sequences.generated_BT, sizes.clip,
             tokens=len(rollouts) // sizes.parts * MAX_NEW_TOKENS // 2,
@@ -250,7 +251,7 @@ def mismatch(model: PreTrainedModel, sizes: Sizes) -> dict[str, float]:
         with RolloutEngine(model, settings(step)) as engine:
             rollouts = engine.generate(requests(asked, 2, JUDGED))
         sequences = pad([r.prompt for r in rollouts], [r.tokens for r in rollouts])
-        sampled_BT = spread(sequences, [[x or 0.0 for x in r.logprobs] for r in rollouts])
+        sampled_BT = spread(sequences, [r.logprobs for r in rollouts])
         apart_BT = (token_logprobs(model, sequences) - sampled_BT) * sequences.generated_BT
         return apart_BT.abs().max().item()
 
@@ -291,6 +292,7 @@ def main(
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False,
 ) -> None:
     """Pretrain a tiny MoE on worked sums, improve it by GRPO, and report both."""
+    disable_progress_bar()  # of saving; ours are by stage
     sizes = QUICK if quick else Sizes()
     if not resume:
         shutil.rmtree(out, ignore_errors=True)
