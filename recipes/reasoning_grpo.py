@@ -8,6 +8,7 @@ runs/reasoning/pretrained and runs/reasoning/grpo are folders that `Engine` and 
 """
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -15,8 +16,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from recipes.arithmetic import (
@@ -37,6 +40,8 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from anabranch.placement.base import Homes, max_over_mean
+from anabranch.placement.policy import make_planner
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.sampling import Sampling
 from anabranch.scheduling.scheduler import Limits
@@ -119,8 +124,8 @@ def stage(
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (number + 1) / 20) * (1 - 0.9 * number / steps)
             history.append(step(number, optimizer))
-            shown = ", ".join(f"{name} {value:.3g}" for name, value in history[-1].items())
-            progress.update(bar, advance=1, description=f"{folder.name}: {shown}")
+            name, value = next(iter(history[-1].items()))
+            progress.update(bar, advance=1, description=f"{folder.name}: {name} {value:.3f}")
             if (number + 1) % CHECKPOINT_EVERY == 0 or number + 1 == steps:
                 save(folder, model, {"optimizer": optimizer.state_dict(), "history": history})
     return history
@@ -178,6 +183,7 @@ def improve(folder: Path, model: PreTrainedModel, sizes: Sizes, resume: bool) ->
             "rollout_s": sampled - started,
             "update_s": time.perf_counter() - sampled,
             "tokens": sum(len(r.tokens) for r in rollouts),
+            **rank_loads(rollouts),
         }
 
     with RolloutEngine(model, settings("native")) as engine:
@@ -211,6 +217,25 @@ def update(
     return sum(clipped) / max(len(clipped), 1)
 
 
+def rank_loads(rollouts: list[Rollout]) -> dict[str, float]:
+    """Rows of the fuller of two ranks over the mean, averaged over layers, in an update on these samples: experts at
+    home, and as planned from the recorded routing before the update runs. Rank r would take every second sample."""
+    experts = model_config().num_experts
+    homes, planner = Homes.contiguous(experts, ranks=2), make_planner("bounded", epsilon=0.05)
+    halves = [np.concatenate([r.routing_LTK for r in rollouts[rank::2]], axis=1) for rank in range(2)]
+    plans = [
+        planner.plan(
+            np.stack([np.bincount(half[layer].ravel(), minlength=experts) for half in halves]), homes
+        )
+        for layer in range(len(halves[0]))
+    ]
+    return {
+        "load_at_home": fmean(max_over_mean(plan.home_rows_R) for plan in plans),
+        "load_planned": fmean(max_over_mean(plan.rows_R) for plan in plans),
+        "guests": fmean(plan.guests for plan in plans),
+    }
+
+
 def judge(model: PreTrainedModel, sizes: Sizes) -> dict[str, float]:
     """Samples of problems that no stage saw: how many are solved, at what cost."""
     asked = problems(JUDGED, sizes.judged)
@@ -236,8 +261,8 @@ def judge(model: PreTrainedModel, sizes: Sizes) -> dict[str, float]:
         f"vote@{sizes.votes}": sum(voted) / len(asked),
         "tokens_saved_by_early_vote": saved / tokens,
         "tokens_per_sample": tokens / len(rollouts),
-        "tokens_per_solved": tokens / max(hits, 1),
-        "ms_per_solved": 1e3 * wall_s / max(hits, 1),
+        "tokens_per_solved": tokens / hits if hits else math.inf,
+        "ms_per_solved": 1e3 * wall_s / hits if hits else math.inf,
         "cpu_ms_per_token": 1e3 * cpu_s / tokens,
         **mismatch(model, sizes),
     }
@@ -247,18 +272,21 @@ def mismatch(model: PreTrainedModel, sizes: Sizes) -> dict[str, float]:
     """The largest difference between log-probabilities of rollouts and of the trainer's forward over them."""
     asked = problems(JUDGED, min(sizes.judged, 32))
 
-    def largest(step: str) -> float:
+    def largest(step: str) -> tuple[float, float]:
         with RolloutEngine(model, settings(step)) as engine:
+            cpu = time.process_time()
             rollouts = engine.generate(requests(asked, 2, JUDGED))
+            cpu = time.process_time() - cpu
         sequences = pad([r.prompt for r in rollouts], [r.tokens for r in rollouts])
         sampled_BT = spread(sequences, [r.logprobs for r in rollouts])
         apart_BT = (token_logprobs(model, sequences) - sampled_BT) * sequences.generated_BT
-        return apart_BT.abs().max().item()
+        return apart_BT.abs().max().item(), 1e3 * cpu / sum(len(r.tokens) for r in rollouts)
 
     with torch.no_grad():
-        fast = largest("native")
+        fast, _ = largest("native")
         with BatchInvariant():
-            return {"mismatch_fast": fast, "mismatch_invariant": largest("torch")}
+            exact, cpu_ms = largest("torch")
+    return {"mismatch_fast": fast, "mismatch_invariant": exact, "cpu_ms_per_token_invariant": cpu_ms}
 
 
 def machine() -> dict[str, Any]:
