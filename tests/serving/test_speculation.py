@@ -50,7 +50,7 @@ def rows_cost_nothing(monkeypatch):
 
 @pytest.mark.parametrize(
     "sampling",
-    [{}, {"repetition_penalty": 1.2}, {"temperature": 0.02}, {"temperature": 0.1, "top_k": 9, "top_p": 0.9}],
+    [{}, {"repetition_penalty": 1.2}, {"temperature": 0.02}, {"temperature": 0.05, "top_k": 9, "top_p": 0.9}],
     ids=str,
 )
 @pytest.mark.parametrize(

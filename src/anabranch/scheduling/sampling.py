@@ -43,3 +43,8 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether no random number is drawn."""
         return self.temperature == 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the most probable token of the logits as they are is taken."""
+        return self.greedy and self.repetition_penalty == 1.0

@@ -184,7 +184,7 @@ class Engine:
         outputs = self.step.run(self._rows(parts))
         for watcher in self.watchers:
             watcher(parts, outputs)
-        tokens = sample(outputs.logits_WV, outputs.best_W, parts)
+        tokens = sample(outputs, parts, self.step)
         if self.speculator is not None:
             self.speculator.times.tell(sum(p.tokens for p in parts), 1e3 * (time.perf_counter() - started))
         got = [part for part in parts if part.last]

@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "invariant.h"
+#include "draw.h"
 #include "step.h"
 
 namespace {
@@ -24,6 +25,7 @@ struct Handle {
     }
 
     Team team;
+    std::vector<Drawer> drawers;
     std::function<int(const AnabranchRows&)> run;
 };
 
@@ -59,6 +61,17 @@ int anabranch_step(void* handle, const AnabranchRows* rows) {
 }
 
 uint64_t anabranch_checksum(const uint8_t* data, int64_t bytes) { return checksum(data, bytes); }
+
+// tokens[i] is drawn by draws[i] from its row of `logits`, which are `stride` apart.
+void anabranch_draw(void* handle, const float* logits, int64_t stride, int vocab, const AnabranchDraw* draws,
+                    int count, int32_t* tokens) {
+    auto& open = *static_cast<Handle*>(handle);
+    open.drawers.resize(open.team.members());
+    open.team.run([&](int member) {
+        for (int i; (i = open.team.take()) < count;)
+            tokens[i] = open.drawers[member].draw(logits + draws[i].row * stride, vocab, draws[i]);
+    });
+}
 
 int64_t anabranch_page_bytes(int layers, int heads, int dim, int format) {
     return PageShape{layers, heads, dim}.page_bytes(static_cast<Format>(format));

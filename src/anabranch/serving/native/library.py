@@ -79,6 +79,8 @@ def library() -> ctypes.CDLL:
     made.anabranch_open.argtypes, made.anabranch_open.restype = [POINTER(Model), c_int], c_void_p
     made.anabranch_close.argtypes, made.anabranch_close.restype = [c_void_p], None
     made.anabranch_step.argtypes, made.anabranch_step.restype = [c_void_p, POINTER(Rows)], c_int
+    made.anabranch_draw.argtypes = [c_void_p, c_void_p, c_int64, c_int, c_void_p, c_int, c_void_p]
+    made.anabranch_draw.restype = None
     made.anabranch_page_bytes.argtypes = [c_int, c_int, c_int, c_int]
     made.anabranch_page_bytes.restype = c_int64
     made.anabranch_quantise.argtypes = [POINTER(c_void_p), c_int, c_int, c_int, c_int32, c_int32]

@@ -68,4 +68,15 @@ struct AnabranchRows {
     int32_t* routed;          // [layers][rows][top_k] experts, null where not asked
     float* mass;              // [rows][kv_heads][table_stride] attention by page, summed over layers; or null
 };
+
+// How the next token of one row is drawn. temperature 0 takes the most probable one.
+struct AnabranchDraw {
+    int32_t row;      // of the logits
+    float temperature;
+    int32_t top_k;    // 0 for all
+    float top_p, min_p, penalty;
+    int32_t seen_count;
+    const int32_t* seen;  // distinct tokens that the penalty is for
+    double u;         // in [0, 1)
+};
 }

@@ -4,11 +4,14 @@ Shape suffixes: T rows of the step, W wanted rows, C chains, P pages of a chain,
 K experts a token.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+from anabranch.serving.step.draw import Draw
 
 Int32 = NDArray[np.int32]
 
@@ -53,6 +56,10 @@ class Step(Protocol):
 
     def run(self, rows: Rows) -> Outputs:
         """Logits of the wanted rows; keys and values of all rows are cached when it returns."""
+        ...
+
+    def draw(self, logits_WV: Tensor, draws: Sequence[Draw]) -> list[int]:
+        """A token for each draw from the logits of the last `run`."""
         ...
 
     def close(self) -> None:

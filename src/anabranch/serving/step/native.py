@@ -1,6 +1,7 @@
 """The C++ step: the whole model in one call, on this machine's cores."""
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_void_p
 
 import numpy as np
@@ -14,12 +15,21 @@ from anabranch.serving.native.library import Rows as NativeRows
 from anabranch.serving.native.pack import BLOCK, HALF, pack, pack_down, pack_gate_up, pad
 from anabranch.serving.pools import FORMATS, KvShape, prefer_huge_pages
 from anabranch.serving.step.base import Outputs, Rows
+from anabranch.serving.step.draw import Draw
 from anabranch.serving.store.arena import ExpertStore
 
 MAX_HEAD_DIM = 512
 # As model.h numbers them.
 WEIGHTS = ("float32", "bfloat16", "int8")
 PART = 64 * BLOCK  # outputs packed at once
+# `AnabranchDraw`, and which setting each of its fields is.
+DRAW = np.dtype(
+    [("row", "i4"), ("temperature", "f4"), ("top_k", "i4"), ("top_p", "f4"), ("min_p", "f4"), ("penalty", "f4"),
+     ("seen_count", "i4"), ("seen", "u8"), ("u", "f8")], align=True,
+)  # fmt: skip
+DRAW_SETTINGS = {
+    "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty": "repetition_penalty",
+}  # fmt: skip
 
 
 class NativeStep:
@@ -96,6 +106,21 @@ class NativeStep:
             self._logits_WV[:wanted, : self.vocab], self._best_W[:wanted], self._log_total_W[:wanted],
             None if routed_LTK is None else routed_LTK[self._routers],
         )  # fmt: skip
+
+    def draw(self, logits_WV: Tensor, draws: Sequence[Draw]) -> list[int]:
+        asked, tokens = np.zeros(len(draws), dtype=DRAW), np.empty(len(draws), dtype=np.int32)
+        seen = [np.array(draw.seen, dtype=np.int32) for draw in draws]
+        asked["row"] = [draw.row for draw in draws]
+        for name, of in DRAW_SETTINGS.items():
+            asked[name] = [getattr(draw.sampling, of) for draw in draws]
+        asked["seen"] = [ids.ctypes.data if ids.size else 0 for ids in seen]
+        asked["seen_count"] = [ids.size for ids in seen]
+        asked["u"] = [draw.uniform for draw in draws]
+        self._library.anabranch_draw(
+            self._handle, logits_WV.data_ptr(), logits_WV.stride(0), self.vocab, asked.ctypes.data, len(draws),
+            tokens.ctypes.data,
+        )  # fmt: skip
+        return tokens.tolist()
 
     def quantise(self, page: int, to: int) -> None:
         """Rewrite a full page as an int8 page."""

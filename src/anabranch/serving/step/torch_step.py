@@ -7,6 +7,7 @@ Shape suffixes: T rows of the step, C chains, P pages of a chain, H heads, G key
 N tokens of a chain, W wanted rows.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from anabranch.integrations.routers import experts_modules
 from anabranch.scheduling.pages import PAGE
 from anabranch.serving.pools import KvShape
 from anabranch.serving.step.base import Outputs, Rows
+from anabranch.serving.step.draw import Draw, draw_by_torch
 
 NAME = "anabranch_paged"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -86,6 +88,9 @@ class TorchStep:
             logits_WV.logsumexp(-1).cpu().numpy(),
             routed_LTK,
         )
+
+    def draw(self, logits_WV: Tensor, draws: Sequence[Draw]) -> list[int]:
+        return draw_by_torch(logits_WV, draws)
 
     def close(self) -> None:
         """Nothing is held but the model, which is the caller's."""
