@@ -10,11 +10,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from anabranch.errors import ConfigError, RankError
 from anabranch.scheduling.chain import Chain, Request
 from anabranch.serving.engine import Completion, Engine
 from anabranch.serving.step.base import Outputs, Rows
+from anabranch.serving.step.draw import Draw
 from anabranch.serving.step.torch_step import TorchStep
 
 
@@ -129,6 +131,9 @@ class _WatchedStep:
         self.inside = False
         self.runs += 1
         return outputs
+
+    def draw(self, logits_WV: Tensor, draws: Sequence[Draw]) -> list[int]:
+        return self.step.draw(logits_WV, draws)
 
     def close(self) -> None:
         self.step.close()
