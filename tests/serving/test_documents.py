@@ -1,0 +1,50 @@
+"""docs/generate.md tells the truth: its program runs, its options exist."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from anabranch.cli.main import app
+from anabranch.training.tokens import load_or_train_tokenizer
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "generate.md").read_text()
+
+
+@pytest.fixture
+def here(tmp_path: Path, toy_text: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model and prompts where the text has them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = Path("runs/train/model")
+    tokenizer = load_or_train_tokenizer([toy_text.read_text()], 400, tmp_path / "cache")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": None}
+    config = AutoConfig.for_model("qwen3", vocab_size=len(tokenizer), **sizes, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    Path("prompts.txt").write_text("import re\n")
+    return tmp_path
+
+
+def test_the_program_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    (here / "program.py").write_text(block)
+    runpy.run_path("program.py")
+    said = capsys.readouterr().out
+    assert len(re.findall(r" -\d+\.\d+$", said, flags=re.MULTILINE)) == 4
+
+
+def test_the_command_runs_and_knows_the_options(here: Path) -> None:
+    (command,) = re.findall(r"^anabranch (generate .*)$", TEXT, flags=re.MULTILINE)
+    result = CliRunner().invoke(app, [*shlex.split(command), "--max-new-tokens", "4"])
+    assert result.exit_code == 0, result.output
+    assert len(Path("samples.jsonl").read_text().splitlines()) == 8
+    said = CliRunner().invoke(app, ["generate", "--help"]).output
+    assert [option for option in re.findall(r"`(--[a-z-]+)", TEXT) if option not in said] == []
