@@ -120,21 +120,22 @@ def vllm_rates(folder: Path, cases: list[GenerateCase], python: Path) -> list[Ra
         "cases": [{**asdict(case), "prompts": _fresh_prompts(folder, case)} for case in cases],
     }
     script = Path(__file__).parent / "vllm_decode.py"
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(job, file)
-        file.flush()
+    with tempfile.TemporaryDirectory(prefix="anabranch-vllm-") as name:
+        told = Path(name) / "told.json"
+        file = Path(name) / "job.json"
+        file.write_text(json.dumps({**job, "told": str(told)}))
         # On CPU vLLM keeps one core for itself unless told which to use.
         cores = f"0-{(os.cpu_count() or 1) - 1}"
         done = subprocess.run(
-            [str(python), str(script), file.name], capture_output=True, text=True, timeout=VLLM_S, check=False,
+            [str(python), str(script), str(file)], capture_output=True, text=True, timeout=VLLM_S, check=False,
             env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "4"},
         )  # fmt: skip
-    if done.returncode:
-        raise AnabranchError(f"vLLM ended with {done.returncode}: {done.stderr[-1500:]}")
-    told = json.loads(done.stdout.strip().splitlines()[-1])
+        if done.returncode or not told.exists():
+            raise AnabranchError(f"vLLM ended with {done.returncode}: {done.stderr[-1500:]}")
+        seconds_of_cases = json.loads(told.read_text())
     return [
         rate_of_runs(case, seconds["one"], seconds["all"], seconds["resident_mib"])
-        for case, seconds in zip(cases, told, strict=True)
+        for case, seconds in zip(cases, seconds_of_cases, strict=True)
     ]
 
 

@@ -1,6 +1,6 @@
 """Run by vLLM's own Python, not by ours: `python vllm_decode.py JOB.json`, which names a model and cases.
 
-Prints one JSON line: for each case the seconds of its runs of one new token, and of all of them. It imports nothing
+Writes to the file `told` that the job names: for each case the seconds of its runs of one new token, and of all of them. It imports nothing
 of Anabranch: vLLM wants another transformers.
 """
 
@@ -39,7 +39,8 @@ def main(job: dict[str, Any]) -> None:
         lines = Path("/proc/self/status").read_text().splitlines()
         resident_kib = int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
         told.append({**seconds, "resident_mib": resident_kib / 1024})
-    sys.stdout.write("\n" + json.dumps(told) + "\n")
+    # Not to stdout: vLLM still logs there when it ends.
+    Path(job["told"]).write_text(json.dumps(told))
 
 
 if __name__ == "__main__":
