@@ -40,7 +40,7 @@ class EngineSettings:
 
     # Of weights: "float32", "bfloat16" or "int8" (the native step's; activations are bf16); None for the model's own.
     dtype: str | None = None
-    # Of cached keys and values: "float32", "bfloat16" or "int8"; None for `dtype`.
+    # Of cached keys and values: "float32", "bfloat16", "int8" or "int4"; None for `dtype`.
     kv_dtype: str | None = None
     # Memory for keys and values.
     kv_memory_mib: int = 512

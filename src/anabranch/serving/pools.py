@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from anabranch.errors import ConfigError
+from anabranch.scheduling.pages import PAGE
 
 # As in pages.h: a page's number carries its format above this bit.
 FORMAT_SHIFT = 28
-FORMATS = ("float32", "bfloat16", "int8")
+FORMATS = ("float32", "bfloat16", "int8", "int4")
 MADV_HUGEPAGE = 14
 
 
@@ -24,9 +25,14 @@ class KvShape:
     dim: int
 
     def page_bytes(self, kind: str) -> int:
-        """Of one page of 16 tokens, scales included; as `PageShape` of pages.h counts."""
-        numbers = 2 * 16 * self.dim
-        one = {"float32": 4 * numbers, "bfloat16": 2 * numbers, "int8": numbers + 4 * (self.dim + 16)}
+        """Of one page of 16 tokens, scales and zeros included; as `PageShape` of pages.h counts."""
+        numbers, lines = 2 * PAGE * self.dim, self.dim + PAGE
+        one = {
+            "float32": 4 * numbers,
+            "bfloat16": 2 * numbers,
+            "int8": numbers + 2 * lines,
+            "int4": numbers // 2 + 4 * lines,
+        }
         return self.layers * self.heads * one[kind]
 
 
@@ -50,3 +56,30 @@ def prefer_huge_pages(tensor: Tensor) -> None:
     size = tensor.data_ptr() + tensor.nbytes - start
     if size > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_HUGEPAGE)
+
+
+def decode(shape: KvShape, kind: str, raw_PB: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys (P, layers, heads, dim, 16) and values (P, layers, heads, 16, dim) of pages, fp32: the reference of what
+    pages.h reads."""
+    head_bytes = shape.page_bytes(kind) // (shape.layers * shape.heads)
+    raw = raw_PB.reshape(-1, shape.layers, shape.heads, head_bytes)
+    numbers, dim = PAGE * shape.dim, shape.dim
+    if kind in ("float32", "bfloat16"):
+        keys, values = raw.view(getattr(torch, kind)).float().split(numbers, -1)
+        return keys.unflatten(-1, (dim, PAGE)), values.unflatten(-1, (PAGE, dim))
+    if kind == "int8":
+        keys, values = raw[..., : 2 * numbers].view(torch.int8).float().split(numbers, -1)
+        key_scale, value_scale = raw[..., 2 * numbers :].view(torch.bfloat16).float().split([dim, PAGE], -1)
+        keys, values = keys.unflatten(-1, (dim, PAGE)), values.unflatten(-1, (PAGE, dim))
+        return keys * key_scale[..., None], values * value_scale[..., None]
+    keys, values = (
+        _split(part, n) for part, n in zip(raw[..., :numbers].chunk(2, -1), (PAGE, dim), strict=True)
+    )
+    lines = raw[..., numbers:].view(torch.bfloat16).float().unsqueeze(-1).split([dim, dim, PAGE, PAGE], -2)
+    return lines[1] + lines[0] * keys, lines[3] + lines[2] * values
+
+
+def _split(codes: Tensor, line: int) -> Tensor:
+    """Bytes of two lines each, as lines of 4-bit codes."""
+    bytes_of_two = codes.unflatten(-1, (-1, line))
+    return torch.stack([bytes_of_two & 15, bytes_of_two >> 4], -2).flatten(-3, -2).float()

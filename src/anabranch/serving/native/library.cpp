@@ -29,22 +29,79 @@ struct Handle {
     std::function<int(const AnabranchRows&)> run;
 };
 
-// Symmetric int8 of a page: keys with one scale a channel, values with one a token.
+// One line of numbers as codes: in int8 number = scale * code, in int4 zero + scale * code. Codes are of the rounded
+// scale and zero, the scale rounded up, so that the largest number has a code.
+struct Coded {
+    bf16 scale, zero;
+};
+
+inline bf16 at_least(float value) {
+    bf16 rounded;
+    narrow(&rounded, value);
+    if (widen(rounded) < value) ++rounded.bits;
+    return rounded;
+}
+
 template <class T>
-void quantise_head(const T* keys, int8_t* to, int dim) {
+Coded code8(const T* from, int n, int8_t* to) {
+    float most = 0.0f;
+    for (int i = 0; i < n; ++i) most = std::max(most, std::fabs(widen(from[i])));
+    const Coded coded{at_least(most / 127.0f), {}};
+    const float inverse = most > 0.0f ? 1.0f / widen(coded.scale) : 0.0f;
+    for (int i = 0; i < n; ++i) to[i] = static_cast<int8_t>(std::lrint(widen(from[i]) * inverse));
+    return coded;
+}
+
+template <class T>
+Coded code4(const T* from, int n, uint8_t* to) {
+    float low = widen(from[0]), high = low;
+    for (int i = 1; i < n; ++i) {
+        low = std::min(low, widen(from[i]));
+        high = std::max(high, widen(from[i]));
+    }
+    Coded coded;
+    narrow(&coded.zero, low);
+    const float zero = widen(coded.zero);
+    coded.scale = at_least((high - zero) / 15.0f);
+    const float inverse = high > zero ? 1.0f / widen(coded.scale) : 0.0f;
+    for (int i = 0; i < n; ++i)
+        to[i] = static_cast<uint8_t>(std::min(15L, std::max(0L, std::lrint((widen(from[i]) - zero) * inverse))));
+    return coded;
+}
+
+template <class T>
+void quantise_int8(const T* keys, uint8_t* to, int dim) {
     const T* values = keys + int64_t{PAGE} * dim;
-    int8_t* values_to = to + int64_t{PAGE} * dim;
-    float* key_scale = reinterpret_cast<float*>(to + 2 * int64_t{PAGE} * dim);
-    float* value_scale = key_scale + dim;
-    const auto line = [](const T* from, int8_t* out, int n) {
-        float most = 0.0f;
-        for (int i = 0; i < n; ++i) most = std::max(most, std::fabs(widen(from[i])));
-        const float scale = most / 127.0f, inverse = most > 0.0f ? 127.0f / most : 0.0f;
-        for (int i = 0; i < n; ++i) out[i] = static_cast<int8_t>(std::lrint(widen(from[i]) * inverse));
-        return scale;
+    auto* codes = reinterpret_cast<int8_t*>(to);
+    auto* scale = reinterpret_cast<bf16*>(to + 2 * int64_t{PAGE} * dim);
+    for (int d = 0; d < dim; ++d) scale[d] = code8(keys + d * PAGE, PAGE, codes + d * PAGE).scale;
+    for (int t = 0; t < PAGE; ++t)
+        scale[dim + t] = code8(values + t * dim, dim, codes + (PAGE + t) * int64_t{dim}).scale;
+}
+
+template <class T>
+void quantise_int4(const T* keys, uint8_t* to, int dim) {
+    const T* values = keys + int64_t{PAGE} * dim;
+    uint8_t* codes = to;
+    auto* scale = reinterpret_cast<bf16*>(to + int64_t{PAGE} * dim);
+    std::vector<uint8_t> line(2 * std::max(dim, PAGE));
+    const auto two_lines = [&](const T* from, int n, bf16* scales, bf16* zeros) {
+        for (int i = 0; i < 2; ++i) {
+            const Coded coded = code4(from + int64_t{i} * n, n, line.data() + i * n);
+            scales[i] = coded.scale;
+            zeros[i] = coded.zero;
+        }
+        for (int i = 0; i < n; ++i) *codes++ = static_cast<uint8_t>(line[i] | line[n + i] << 4);
     };
-    for (int d = 0; d < dim; ++d) key_scale[d] = line(keys + d * PAGE, to + d * PAGE, PAGE);
-    for (int t = 0; t < PAGE; ++t) value_scale[t] = line(values + t * dim, values_to + t * dim, dim);
+    for (int d = 0; d < dim; d += 2) two_lines(keys + d * PAGE, PAGE, scale + d, scale + dim + d);
+    scale += 2 * dim;
+    for (int t = 0; t < PAGE; t += 2) two_lines(values + t * dim, dim, scale + t, scale + PAGE + t);
+}
+
+template <class T>
+void quantise_head(const uint8_t* page, Format format, uint8_t* to, int dim) {
+    const T* keys = reinterpret_cast<const T*>(page);
+    format == KV_INT8 ? quantise_int8(keys, to, dim) : quantise_int4(keys, to, dim);
 }
 
 }  // namespace
@@ -77,18 +134,19 @@ int64_t anabranch_page_bytes(int layers, int heads, int dim, int format) {
     return PageShape{layers, heads, dim}.page_bytes(static_cast<Format>(format));
 }
 
-// Rewrites a full fp32 or bf16 page as an int8 page.
+// Rewrites a full fp32 or bf16 page as an int8 or int4 page.
 void anabranch_quantise(uint8_t* const* pools, int layers, int heads, int dim, int32_t from, int32_t to) {
     const PageShape shape{layers, heads, dim};
-    const Pools all{{pools[0], pools[1], pools[2]}};
+    const Pools all(pools);
+    const auto format = static_cast<Format>(to >> FORMAT_SHIFT);
     for (int l = 0; l < layers; ++l)
         for (int h = 0; h < heads; ++h) {
             const uint8_t* page = all.head(shape, from, l, h);
-            auto* out = reinterpret_cast<int8_t*>(all.head(shape, to, l, h));
+            uint8_t* out = all.head(shape, to, l, h);
             if (from >> FORMAT_SHIFT == KV_F32)
-                quantise_head(reinterpret_cast<const float*>(page), out, dim);
+                quantise_head<float>(page, format, out, dim);
             else
-                quantise_head(reinterpret_cast<const bf16*>(page), out, dim);
+                quantise_head<bf16>(page, format, out, dim);
         }
 }
 

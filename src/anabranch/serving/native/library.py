@@ -50,7 +50,7 @@ class Rows(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("rows", "wanted", "one_each", "table_stride")),
         *((name, c_void_p) for name in ("token", "position", "length", "chain", "table", "want")),
-        ("pool", c_void_p * 3),
+        ("pool", c_void_p * 4),
         *((name, c_void_p) for name in ("logits", "best", "log_total", "routed", "mass")),
     )
 

@@ -61,7 +61,7 @@ struct AnabranchRows {
     const int32_t* chain;     // [rows] its line of `table`
     const int32_t* table;     // [chains][table_stride] page numbers
     const int32_t* want;      // [wanted] rows whose logits are wanted
-    uint8_t* pool[3];         // by format
+    uint8_t* pool[4];         // by format
     float* logits;            // [wanted][vocab padded to 64]
     int32_t* best;            // [wanted] the most probable token
     float* log_total;         // [wanted] log of the sum of exponentials of the logits

@@ -2,8 +2,11 @@
 //
 // A page holds, for each layer and key-value head, keys as [head_dim][16] (a register is one channel of all tokens:
 // scores need no sum across lanes) and values as [16][head_dim]. In int8 a key channel has one scale a page and a
-// value one scale a token; both are folded into what they are multiplied with.
+// value one scale a token; in int4 both have a zero besides (number = zero + scale * code). Scales and zeros are bf16
+// and folded into what they are multiplied with: no number is restored. A byte of int4 holds two neighbouring
+// channels of a key (the even one in its low half), or two neighbouring tokens of a value.
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "vector.h"
@@ -13,7 +16,12 @@ namespace anabranch {
 constexpr int PAGE = LANES;       // tokens of a page
 constexpr int FORMAT_SHIFT = 28;  // of a page's number: the upper bits are its format
 
-enum Format : int32_t { KV_F32 = 0, KV_BF16 = 1, KV_INT8 = 2, FORMATS = 3 };
+enum Format : int32_t { KV_F32 = 0, KV_BF16 = 1, KV_INT8 = 2, KV_INT4 = 3, FORMATS = 4 };
+
+// Two codes of 4 bits.
+struct int4x2 {
+    uint8_t bits;
+};
 
 struct PageShape {
     int layers, heads, dim;  // key-value heads
@@ -22,7 +30,8 @@ struct PageShape {
     int64_t head_bytes(Format format) const {
         if (format == KV_F32) return 2 * numbers() * 4;
         if (format == KV_BF16) return 2 * numbers() * 2;
-        return 2 * numbers() + (dim + PAGE) * 4;
+        if (format == KV_INT8) return 2 * numbers() + (dim + PAGE) * 2;
+        return numbers() + (dim + PAGE) * 4;
     }
     int64_t layer_bytes(Format format) const { return heads * head_bytes(format); }
     int64_t page_bytes(Format format) const { return layers * layer_bytes(format); }
@@ -30,6 +39,8 @@ struct PageShape {
 
 struct Pools {
     uint8_t* data[FORMATS];
+
+    explicit Pools(uint8_t* const* pools) { std::copy(pools, pools + FORMATS, data); }
 
     uint8_t* head(const PageShape& shape, int32_t page, int layer, int head) const {
         const auto format = static_cast<Format>(page >> FORMAT_SHIFT);
@@ -52,46 +63,108 @@ inline void write_token(Format format, uint8_t* page, int slot, int dim, const f
                      : write_token<bf16>(page, slot, dim, key, value);
 }
 
-// Scores of G queries against a page's 16 keys.
+// Channels d and d + 1 of all tokens of a page.
 template <class T>
-inline void page_scores(const T* keys, const float* channel_scale, int dim, int group, const float* query,
-                        int stride, float* scores, int64_t score_stride) {
-    for (int g = 0; g < group; ++g) {
-        f32x16 even{}, odd{};
-        const float* q = query + g * stride;
-        for (int d = 0; d < dim; d += 2) {
-            const float scale0 = channel_scale ? channel_scale[d] : 1.0f;
-            const float scale1 = channel_scale ? channel_scale[d + 1] : 1.0f;
-            even += load(keys + d * PAGE) * (q[d] * scale0);
-            odd += load(keys + (d + 1) * PAGE) * (q[d + 1] * scale1);
+inline void load_pair(const T* keys, int d, f32x16& even, f32x16& odd) {
+    even = load(keys + d * PAGE);
+    odd = load(keys + (d + 1) * PAGE);
+}
+inline void load_pair(const int4x2* keys, int d, f32x16& even, f32x16& odd) {
+    split(&keys[d / 2 * PAGE].bits, even, odd);
+}
+
+// The sum of products of n numbers, n a multiple of 16.
+template <class T>
+inline float dot(const float* a, const T* b, int n) {
+    f32x16 sums{};
+    for (int i = 0; i < n; i += LANES) sums += load(a + i) * load(b + i);
+    return sum(sums);
+}
+
+// Scores of G queries against a page's 16 keys. scale, zero: of each channel, null where there is none.
+template <int G, class T>
+inline void scores_of(const T* keys, const bf16* scale, const bf16* zero, int dim, const float* query, float* scores,
+                      int64_t score_stride) {
+    f32x16 even[G] = {}, odd[G] = {};
+    for (int d = 0; d < dim; d += 2) {
+        f32x16 key0, key1;
+        load_pair(keys, d, key0, key1);
+        for (int g = 0; g < G; ++g) {
+            const float* q = query + g * dim;
+            even[g] += key0 * (scale ? q[d] * widen(scale[d]) : q[d]);
+            odd[g] += key1 * (scale ? q[d + 1] * widen(scale[d + 1]) : q[d + 1]);
         }
-        store(scores + g * score_stride, even + odd);
     }
-}
-
-// Adds a page's values, weighted, to the outputs of G queries: WIDTH registers of each at once.
-template <class T, int WIDTH>
-inline void add_values(const T* values, const float* token_scale, int dim, int tokens, const float* weights,
-                       float* out) {
-    f32x16 sums[WIDTH];
-    for (int j = 0; j < WIDTH; ++j) sums[j] = load(out + j * LANES);
-    for (int t = 0; t < tokens; ++t) {
-        const float w = token_scale ? weights[t] * token_scale[t] : weights[t];
-        for (int j = 0; j < WIDTH; ++j) sums[j] += load(values + int64_t{t} * dim + j * LANES) * w;
+    for (int g = 0; g < G; ++g) {
+        const f32x16 total = even[g] + odd[g];
+        store(scores + g * score_stride, zero ? total + dot(query + g * dim, zero, dim) : total);
     }
-    for (int j = 0; j < WIDTH; ++j) store(out + j * LANES, sums[j]);
 }
 
 template <class T>
-inline void page_values(const T* values, const float* token_scale, int dim, int tokens, int group,
-                        const float* weights, int64_t weight_stride, float* out, int stride) {
-    for (int g = 0; g < group; ++g) {
-        int d = 0;
-        for (; d + 4 * LANES <= dim; d += 4 * LANES)
-            add_values<T, 4>(values + d, token_scale, dim, tokens, weights + g * weight_stride, out + g * stride + d);
-        for (; d < dim; d += LANES)
-            add_values<T, 1>(values + d, token_scale, dim, tokens, weights + g * weight_stride, out + g * stride + d);
+inline void page_scores(const T* keys, const bf16* scale, const bf16* zero, int dim, int group, const float* query,
+                        float* scores, int64_t stride) {
+    int g = 0;
+    for (; g + 2 <= group; g += 2)
+        scores_of<2>(keys, scale, zero, dim, query + g * dim, scores + g * stride, stride);
+    for (; g < group; ++g) scores_of<1>(keys, scale, zero, dim, query + g * dim, scores + g * stride, stride);
+}
+
+// Adds a page's values, weighted, to the outputs of G queries, WIDTH registers of each at once. Weights have the
+// tokens' scales in them; shift: what their zeros add to every number.
+template <int G, int WIDTH, class T>
+inline void add_values(const T* values, int dim, int tokens, const float (*weights)[PAGE], const float*, float* out) {
+    f32x16 sums[G][WIDTH];
+    for (int g = 0; g < G; ++g)
+        for (int j = 0; j < WIDTH; ++j) sums[g][j] = load(out + g * dim + j * LANES);
+    for (int t = 0; t < tokens; ++t)
+        for (int j = 0; j < WIDTH; ++j) {
+            const f32x16 value = load(values + int64_t{t} * dim + j * LANES);
+            for (int g = 0; g < G; ++g) sums[g][j] += value * weights[g][t];
+        }
+    for (int g = 0; g < G; ++g)
+        for (int j = 0; j < WIDTH; ++j) store(out + g * dim + j * LANES, sums[g][j]);
+}
+
+// An int4 page is full: all its tokens are added, two by two.
+template <int G, int WIDTH>
+inline void add_values(const int4x2* values, int dim, int, const float (*weights)[PAGE], const float* shift,
+                       float* out) {
+    f32x16 sums[G][WIDTH];
+    for (int g = 0; g < G; ++g)
+        for (int j = 0; j < WIDTH; ++j) sums[g][j] = load(out + g * dim + j * LANES) + shift[g];
+    for (int t = 0; t < PAGE; t += 2)
+        for (int j = 0; j < WIDTH; ++j) {
+            f32x16 even, odd;
+            split(&values[t / 2 * dim + j * LANES].bits, even, odd);
+            for (int g = 0; g < G; ++g) sums[g][j] += even * weights[g][t] + odd * weights[g][t + 1];
+        }
+    for (int g = 0; g < G; ++g)
+        for (int j = 0; j < WIDTH; ++j) store(out + g * dim + j * LANES, sums[g][j]);
+}
+
+template <int G, class T>
+inline void values_of(const T* values, const bf16* scale, const bf16* zero, int dim, int tokens, const float* weights,
+                      int64_t weight_stride, float* out) {
+    float scaled[G][PAGE], shift[G] = {};
+    for (int g = 0; g < G; ++g) {
+        const float* w = weights + g * weight_stride;
+        store(scaled[g], scale ? load(w) * load(scale) : load(w));
+        if (zero) shift[g] = dot(w, zero, PAGE);
     }
+    int d = 0;
+    for (; d + 4 * LANES <= dim; d += 4 * LANES) add_values<G, 4>(values + d, dim, tokens, scaled, shift, out + d);
+    for (; d < dim; d += LANES) add_values<G, 1>(values + d, dim, tokens, scaled, shift, out + d);
+}
+
+template <class T>
+inline void page_values(const T* values, const bf16* scale, const bf16* zero, int dim, int tokens, int group,
+                        const float* weights, int64_t stride, float* out) {
+    int g = 0;
+    for (; g + 2 <= group; g += 2)
+        values_of<2>(values, scale, zero, dim, tokens, weights + g * stride, stride, out + g * dim);
+    for (; g < group; ++g)
+        values_of<1>(values, scale, zero, dim, tokens, weights + g * stride, stride, out + g * dim);
 }
 
 // Softmax over `length` scores in place, padded with zeros to whole pages.
@@ -126,14 +199,19 @@ inline void attend(const Pools& pools, const PageShape& shape, const int32_t* ta
         float* at = scores + p * PAGE;
         switch (table[p] >> FORMAT_SHIFT) {
             case KV_F32:
-                page_scores(reinterpret_cast<const float*>(page), nullptr, dim, group, query, dim, at, stride);
+                page_scores(reinterpret_cast<const float*>(page), nullptr, nullptr, dim, group, query, at, stride);
                 break;
             case KV_BF16:
-                page_scores(reinterpret_cast<const bf16*>(page), nullptr, dim, group, query, dim, at, stride);
+                page_scores(reinterpret_cast<const bf16*>(page), nullptr, nullptr, dim, group, query, at, stride);
                 break;
+            case KV_INT8: {
+                const auto* scale = reinterpret_cast<const bf16*>(page + 2 * shape.numbers());
+                page_scores(reinterpret_cast<const int8_t*>(page), scale, nullptr, dim, group, query, at, stride);
+                break;
+            }
             default: {
-                const auto* scale = reinterpret_cast<const float*>(page + 2 * shape.numbers());
-                page_scores(reinterpret_cast<const int8_t*>(page), scale, dim, group, query, dim, at, stride);
+                const auto* scale = reinterpret_cast<const bf16*>(page + shape.numbers());
+                page_scores(reinterpret_cast<const int4x2*>(page), scale, scale + dim, dim, group, query, at, stride);
             }
         }
     }
@@ -145,17 +223,23 @@ inline void attend(const Pools& pools, const PageShape& shape, const int32_t* ta
         const float* at = scores + p * PAGE;
         switch (table[p] >> FORMAT_SHIFT) {
             case KV_F32:
-                page_values(reinterpret_cast<const float*>(page) + shape.numbers(), nullptr, dim, tokens, group, at,
-                            stride, out, dim);
+                page_values(reinterpret_cast<const float*>(page) + shape.numbers(), nullptr, nullptr, dim, tokens,
+                            group, at, stride, out);
                 break;
             case KV_BF16:
-                page_values(reinterpret_cast<const bf16*>(page) + shape.numbers(), nullptr, dim, tokens, group, at,
-                            stride, out, dim);
+                page_values(reinterpret_cast<const bf16*>(page) + shape.numbers(), nullptr, nullptr, dim, tokens,
+                            group, at, stride, out);
                 break;
+            case KV_INT8: {
+                const auto* scale = reinterpret_cast<const bf16*>(page + 2 * shape.numbers()) + dim;
+                page_values(reinterpret_cast<const int8_t*>(page) + shape.numbers(), scale, nullptr, dim, tokens,
+                            group, at, stride, out);
+                break;
+            }
             default: {
-                const auto* scale = reinterpret_cast<const float*>(page + 2 * shape.numbers()) + dim;
-                page_values(reinterpret_cast<const int8_t*>(page) + shape.numbers(), scale, dim, tokens, group, at,
-                            stride, out, dim);
+                const auto* scale = reinterpret_cast<const bf16*>(page + shape.numbers()) + 2 * dim;
+                page_values(reinterpret_cast<const int4x2*>(page + shape.numbers() / 2), scale, scale + PAGE, dim,
+                            tokens, group, at, stride, out);
             }
         }
         if (mass)

@@ -195,7 +195,7 @@ class Step {
             scale_by(rotated, weight, model_.qk_norm_all ? k_scale : inverse_rms(key, dim), dim);
         }
         rotate(rotated, cosine, sine);
-        Pools pools{{rows.pool[0], rows.pool[1], rows.pool[2]}};
+        const Pools pools(rows.pool);
         write_token(static_cast<Format>(page >> FORMAT_SHIFT), pools.head(shape_, page, l, head), slot, dim, rotated,
                     row + queries_ + keys_ + head * dim);
     }
@@ -203,7 +203,7 @@ class Step {
     void attend_one(int l, int r, int head, Own& own) {
         const auto& rows = *rows_;
         const int group = model_.heads / model_.kv_heads, dim = model_.head_dim;
-        Pools pools{{rows.pool[0], rows.pool[1], rows.pool[2]}};
+        const Pools pools(rows.pool);
         float* mass = rows.mass ? rows.mass + (int64_t{r} * model_.kv_heads + head) * rows.table_stride : nullptr;
         own.out.resize(size_t(group) * dim);
         attend(pools, shape_, rows.table + int64_t{rows.chain[r]} * rows.table_stride, rows.length[r], l, head, group,

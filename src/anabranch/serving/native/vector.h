@@ -15,6 +15,7 @@ using i32x16 = int32_t __attribute__((vector_size(64)));
 using u32x16 = uint32_t __attribute__((vector_size(64)));
 using u16x16 = uint16_t __attribute__((vector_size(32)));
 using i8x16 = int8_t __attribute__((vector_size(16)));
+using u8x16 = uint8_t __attribute__((vector_size(16)));
 
 // The upper half of a float, as bfloat16 stores it. A type of its own: uint16_t would convert by value.
 struct bf16 {
@@ -48,6 +49,21 @@ inline f32x16 load(const int8_t* p) {
     i8x16 v;
     std::memcpy(&v, p, sizeof v);
     return __builtin_convertvector(__builtin_convertvector(v, i32x16), f32x16);
+#endif
+}
+
+// The low and the high halves of 16 bytes.
+inline void split(const uint8_t* p, f32x16& low, f32x16& high) {
+#ifdef __AVX512F__
+    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    low = reinterpret_cast<f32x16>(_mm512_cvtepi32_ps(_mm512_and_epi32(both, _mm512_set1_epi32(15))));
+    high = reinterpret_cast<f32x16>(_mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4)));
+#else
+    u8x16 bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    const auto both = __builtin_convertvector(bytes, i32x16);
+    low = __builtin_convertvector(both & 15, f32x16);
+    high = __builtin_convertvector(both >> 4, f32x16);
 #endif
 }
 

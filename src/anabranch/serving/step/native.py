@@ -123,7 +123,7 @@ class NativeStep:
         return tokens.tolist()
 
     def quantise(self, page: int, to: int) -> None:
-        """Rewrite a full page as an int8 page."""
+        """Rewrite a full page as the int8 or int4 page `to`."""
         shape = self.kv_shape
         self._library.anabranch_quantise(self._pointers, shape.layers, shape.heads, shape.dim, page, to)
 

@@ -1,0 +1,123 @@
+"""Pages in every format: what C++ codes is what torch reads, and attention over codes is attention over their numbers.
+
+Shape suffixes as in serving/step/base.py.
+"""
+
+import heapq
+import inspect
+from ctypes import c_void_p
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from anabranch.errors import ConfigError
+from anabranch.scheduling.pages import PAGE
+from anabranch.serving.decoder import read_decoder
+from anabranch.serving.engine import Engine, EngineSettings
+from anabranch.serving.native.library import library
+from anabranch.serving.pools import FORMATS, KvShape, allocate, decode, first_page
+from anabranch.serving.step.base import Rows
+from anabranch.serving.step.native import NativeStep
+
+SHAPE = KvShape(layers=2, heads=3, dim=48)
+
+
+def quantised(shape: KvShape, source: str, kind: str, numbers: Tensor) -> tuple[Tensor, ...]:
+    """A page of `numbers` (layers, heads, 2 * 16 * dim): as kept in `source` and as coded in `kind`."""
+    pools = {name: allocate(shape, name, 3) for name in FORMATS}
+    pools[source][1] = numbers.to(getattr(torch, source)).view(torch.uint8).flatten()
+    pointers = (c_void_p * len(FORMATS))(*(pools[name].data_ptr() for name in FORMATS))
+    library().anabranch_quantise(
+        pointers, shape.layers, shape.heads, shape.dim, first_page(source) + 1, first_page(kind) + 2
+    )
+    return *decode(shape, source, pools[source][1:2]), *decode(shape, kind, pools[kind][2:3])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("dim", [16, 48, 128])
+def test_page_bytes_are_those_of_the_library(kind, dim):
+    assert library().anabranch_page_bytes(2, 3, dim, FORMATS.index(kind)) == KvShape(2, 3, dim).page_bytes(
+        kind
+    )
+
+
+@pytest.mark.parametrize("source", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_codes_are_within_half_a_step_of_the_numbers(source, kind):
+    torch.manual_seed(0)
+    # Channels of very different sizes and offsets, as keys have them.
+    numbers = torch.randn(SHAPE.layers, SHAPE.heads, 2 * PAGE * SHAPE.dim)
+    numbers[..., : PAGE * SHAPE.dim] *= torch.rand(SHAPE.dim).mul(10).repeat_interleave(PAGE)
+    numbers[..., : PAGE * SHAPE.dim] += torch.rand(SHAPE.dim).mul(5).repeat_interleave(PAGE)
+    keys, values, coded_keys, coded_values = quantised(SHAPE, source, kind, numbers)
+    for true, coded in ((keys, coded_keys), (values, coded_values)):
+        if kind == "int8":
+            step = true.abs().amax(-1, keepdim=True) / 127
+        else:
+            step = (true.amax(-1, keepdim=True) - true.amin(-1, keepdim=True)) / 15
+        # bf16 scales and zeros have 8 bits: the scale is up to 2^-7 larger, the zero 2^-8 of itself off.
+        rounding = true.amin(-1, keepdim=True).abs() * 2**-8 if kind == "int4" else 0.0
+        assert bool(((true - coded).abs() <= step * (0.5 + 2**-6) + rounding + 1e-6).all())
+        assert (true - coded).abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_equal_numbers_have_exact_codes(kind):
+    numbers = torch.full((SHAPE.layers, SHAPE.heads, 2 * PAGE * SHAPE.dim), 0.5)
+    numbers[0] = 0.0
+    keys, values, coded_keys, coded_values = quantised(SHAPE, "float32", kind, numbers)
+    torch.testing.assert_close(coded_keys, keys, rtol=2**-7, atol=0)
+    torch.testing.assert_close(coded_values, values, rtol=2**-7, atol=0)
+    assert bool((coded_keys[0, 0] == 0).all())
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=256, hidden_size=64, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("wide", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_attention_over_codes_is_attention_over_their_numbers(model, wide, kind):
+    shape = KvShape(2, 2, 16)
+    pools = {name: allocate(shape, name, 8) for name in (wide, kind)}
+    step = NativeStep(read_decoder(model), wide, pools, 128, 1)
+    text = np.frombuffer(inspect.getsource(heapq).encode()[:41], dtype=np.uint8).astype(np.int32)
+    table = np.full((1, 8), first_page(wide), dtype=np.int32) + np.arange(8, dtype=np.int32)
+
+    def logits(first: int, last: int) -> Tensor:
+        position = np.arange(first, last, dtype=np.int32)
+        rows = Rows(text[first:last], position, position + 1, np.zeros_like(position), table,
+                    np.array([last - first - 1], dtype=np.int32), last - first == 1)  # fmt: skip
+        return step.run(rows).logits_WV.clone()
+
+    logits(0, 40)
+    exact = logits(40, 41)
+    for page in range(2):
+        step.quantise(int(table[0, page]), first_page(kind) + page)
+    wide_pages = table.copy()
+    table[0, :2] = [first_page(kind), first_page(kind) + 1]
+    coded = logits(40, 41)
+    # The numbers of the codes, kept wide; bf16 rounds them once more.
+    keys, values = decode(shape, kind, pools[kind][:2])
+    numbers = torch.cat([keys.flatten(-2), values.flatten(-2)], -1).to(getattr(torch, wide))
+    pools[wide][:2] = numbers.flatten(1).contiguous().view(torch.uint8)
+    table[:] = wide_pages
+    numbers_kept_wide = logits(40, 41)
+    tolerance = 1e-5 if wide == "float32" else 2e-2
+    torch.testing.assert_close(coded, numbers_kept_wide, rtol=tolerance, atol=tolerance)
+    assert not torch.equal(coded, exact)
+    step.close()
+
+
+def test_the_torch_step_refuses_coded_pages(model):
+    with pytest.raises(ConfigError, match="float32 or bfloat16"):
+        Engine(model, EngineSettings(step="torch", kv_dtype="int4", kv_memory_mib=1))
