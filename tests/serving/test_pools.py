@@ -30,7 +30,7 @@ def quantised(shape: KvShape, source: str, kind: str, numbers: Tensor) -> tuple[
     pools = {name: allocate(shape, name, 3) for name in FORMATS}
     pools[source][1] = numbers.to(getattr(torch, source)).view(torch.uint8).flatten()
     pointers = (c_void_p * len(FORMATS))(*(pools[name].data_ptr() for name in FORMATS))
-    library().anabranch_quantise(
+    library().anabranch_rewrite(
         pointers, shape.layers, shape.heads, shape.dim, first_page(source) + 1, first_page(kind) + 2
     )
     return *decode(shape, source, pools[source][1:2]), *decode(shape, kind, pools[kind][2:3])
@@ -74,6 +74,14 @@ def test_equal_numbers_have_exact_codes(kind):
     assert bool((coded_keys[0, 0] == 0).all())
 
 
+@pytest.mark.parametrize(("source", "kind"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_plain_formats_are_rewritten_by_rounding(source, kind):
+    numbers = torch.randn(SHAPE.layers, SHAPE.heads, 2 * PAGE * SHAPE.dim)
+    keys, values, coded_keys, coded_values = quantised(SHAPE, source, kind, numbers)
+    assert torch.equal(coded_keys, keys.to(getattr(torch, kind)).float())
+    assert torch.equal(coded_values, values.to(getattr(torch, kind)).float())
+
+
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
@@ -102,7 +110,7 @@ def test_attention_over_codes_is_attention_over_their_numbers(model, wide, kind)
     logits(0, 40)
     exact = logits(40, 41)
     for page in range(2):
-        step.quantise(int(table[0, page]), first_page(kind) + page)
+        step.rewrite(int(table[0, page]), first_page(kind) + page)
     wide_pages = table.copy()
     table[0, :2] = [first_page(kind), first_page(kind) + 1]
     coded = logits(40, 41)

@@ -57,7 +57,13 @@ class Chain:
     arrival: int
     tokens: list[int]
     cached: int = 0
+    # Of the cached tokens, those whose pages have left: a multiple of a page. Positions go on as if they were there.
+    evicted: int = 0
     pages: list[int] = field(default_factory=list[int])
+    # Attention that each page has drawn lately, where pages may be evicted.
+    mass: list[float] = field(default_factory=list[float])
+    # Whether its pages are in a tier, waiting with it.
+    kept: bool = False
     slot: int | None = None
     # How often it has given a slot up: its pages of before are no longer its own.
     left: int = 0
@@ -70,6 +76,11 @@ class Chain:
     def new_tokens(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def held(self) -> int:
+        """Tokens that its pages hold: what the next token attends to besides itself."""
+        return self.cached - self.evicted
 
     @property
     def remaining(self) -> int:

@@ -1,7 +1,8 @@
 """What each step computes: which chains hold a slot, and which of their tokens enter.
 
 A chain waits, gets a slot and pages, enters its prompt in chunks, then one token a step. When pages run out, the
-youngest chain gives its pages back and waits again; what it has generated is then computed once more.
+youngest chain gives its pages back and waits again; a tier keeps copies of them, or they are computed once more (then
+also those that had been evicted: such a chain sees all of itself again until it is over its budget).
 """
 
 from collections import deque
@@ -14,6 +15,7 @@ from anabranch.scheduling.chain import Chain, End, Request
 from anabranch.scheduling.pages import PAGE, PagePool, pages_of
 from anabranch.scheduling.prefix import PrefixTree
 from anabranch.scheduling.speculation import Speculator
+from anabranch.scheduling.tier import Tier
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,15 @@ class Part(NamedTuple):
 
 @dataclass
 class Tally:
-    """Counts since the start. reused: prompt tokens found in the prefix tree. drafted, accepted: guessed tokens."""
+    """Counts since the start. reused: prompt tokens found in the prefix tree. kept: preempted chains whose pages went
+    to a tier. fetched: of these, those that came back. evicted: tokens whose pages left a chain. drafted, accepted:
+    guessed tokens."""
 
     steps: int = 0
     preempted: int = 0
+    kept: int = 0
+    fetched: int = 0
+    evicted: int = 0
     reused: int = 0
     prefilled: int = 0
     decoded: int = 0
@@ -60,11 +67,16 @@ class Tally:
 
 
 class Scheduler:
-    """Decides; the engine computes what `plan` returns and tells the outcome by `done`."""
+    """Decides; the engine computes what `plan` returns and tells the outcome by `done`.
 
-    def __init__(self, limits: Limits, pool: PagePool, speculator: Speculator | None = None) -> None:
+    tier: where pages of preempted chains go; None where they are computed once more.
+    """
+
+    def __init__(
+        self, limits: Limits, pool: PagePool, speculator: Speculator | None = None, tier: Tier | None = None
+    ) -> None:
         self.limits, self.pool, self.tally = limits, pool, Tally()
-        self.speculator = speculator
+        self.speculator, self._tier = speculator, tier
         self.prefixes = PrefixTree(pool)
         self.waiting: deque[Chain] = deque()
         self.running: list[Chain] = []
@@ -111,7 +123,7 @@ class Scheduler:
                 continue
             budget -= count if chain.remaining > 1 else 0
             draft = drafts.get(chain, ())
-            if pages_of(chain.cached + count + len(draft)) - len(chain.pages) > self.pool.free:
+            if pages_of(chain.held + count + len(draft)) - len(chain.pages) > self.pool.free:
                 draft = ()  # no chain gives way to a guess
             self._make_room(chain, count + len(draft))
             parts.append(Part(chain, count + len(draft), count == chain.remaining, draft))
@@ -155,8 +167,19 @@ class Scheduler:
             chain.end = End.CANCELLED
             if chain.slot is None:
                 self.waiting.remove(chain)
+                if chain.kept and self._tier is not None:
+                    self._tier.drop(chain)
+                    chain.kept = False
             else:
                 self._vacate(chain)
+
+    def evict(self, chain: Chain, places: Sequence[int]) -> None:
+        """Full pages leave a running chain; who else holds them keeps them."""
+        for place in reversed(places):
+            self.pool.give_back(chain.pages.pop(place))
+            del chain.mass[place]
+        chain.evicted += len(places) * PAGE
+        self.tally.evicted += len(places) * PAGE
 
     def check(self) -> None:
         """Assert that every held page is a running chain's or the prefix tree's."""
@@ -178,18 +201,49 @@ class Scheduler:
             chain = self.waiting[0]
             if self._prompt_under_way(chain):
                 return  # its pages are nearly there to share
-            # A token is left to compute even where all of the prompt is known: its logits are wanted.
-            chain.pages = self.prefixes.match(chain.tokens[: len(chain.tokens) - 1])
-            chain.cached = len(chain.pages) * PAGE
-            needed = pages_of(min(chain.cached + self.limits.chunk, len(chain.tokens))) - len(chain.pages)
-            # Half a page for each running chain: a step later it may need one.
-            if self.running and self._reachable() < needed + len(self.running) // 2:
-                self._drop_pages(chain)
+            shared = self._give_pages(chain)
+            if shared is None:
                 return
-            self.tally.reused += chain.cached
             self.waiting.popleft()
             chain.slot = self._free_slots.pop()
             self.running.append(chain)
+            if chain.kept:
+                self._fetch(chain, shared)
+
+    def _give_pages(self, chain: Chain) -> int | None:
+        """Pages that a waiting chain begins with. Returns how many are shared, the first; None for too few free."""
+        shared: list[int] = []
+        if not chain.evicted:
+            # A token is left to compute even where all of the prompt is known: its logits are wanted.
+            shared = self.prefixes.match(chain.tokens[: chain.cached or len(chain.tokens) - 1])
+        reused = len(shared) * PAGE
+        entering = chain.held if chain.kept else min(reused + self.limits.chunk, len(chain.tokens))
+        needed = pages_of(entering) - len(shared)
+        # Half a page for each running chain: a step later it may need one.
+        room = not self.running or self._reachable() >= needed + len(self.running) // 2
+        if room and chain.kept:
+            # An evicted page that only the tree holds stays while a chain holds a later one.
+            self.prefixes.forget(needed - self.pool.free)
+            room = self.pool.free >= needed
+        if not room:
+            for page in shared:
+                self.pool.give_back(page)
+            return None
+        chain.pages = shared[:]
+        if chain.kept:
+            chain.pages += [self.pool.take() for _ in range(needed)]
+        else:
+            chain.cached = reused
+            self.tally.reused += reused
+        return len(shared)
+
+    def _fetch(self, chain: Chain, shared: int) -> None:
+        assert self._tier is not None
+        chain.kept = False
+        if self._tier.fetch(chain, shared):
+            self.tally.fetched += 1
+        else:
+            chain.cached, chain.evicted, chain.mass = shared * PAGE, 0, []
 
     def _prompt_under_way(self, chain: Chain) -> bool:
         return any(c.request is chain.request and c.cached < len(c.request.prompt) for c in self.running)
@@ -200,7 +254,7 @@ class Scheduler:
 
     def _make_room(self, chain: Chain, count: int) -> bool:
         """Pages for so many more tokens, from the prefix tree or the youngest chain where none is free."""
-        needed = pages_of(chain.cached + count) - len(chain.pages)
+        needed = pages_of(chain.held + count) - len(chain.pages)
         while self.pool.free < needed:
             if self.prefixes.forget(needed - self.pool.free):
                 continue
@@ -213,6 +267,9 @@ class Scheduler:
 
     def _preempt(self, chain: Chain) -> None:
         self.tally.preempted += 1
+        if chain.held and self._tier is not None and self._tier.keep(chain):
+            chain.kept = True
+            self.tally.kept += 1
         self._vacate(chain)
         self.waiting.appendleft(chain)
 
@@ -221,9 +278,8 @@ class Scheduler:
         self.running.remove(chain)
         self._free_slots.append(chain.slot)
         chain.slot, chain.left = None, chain.left + 1
-        self._drop_pages(chain)
-
-    def _drop_pages(self, chain: Chain) -> None:
         for page in chain.pages:
             self.pool.give_back(page)
-        chain.pages, chain.cached = [], 0
+        chain.pages = []
+        if not chain.kept:
+            chain.cached, chain.evicted, chain.mass = 0, 0, []

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,21 +18,26 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from anabranch.errors import BuildError, ConfigError
 from anabranch.scheduling.chain import Chain, End, Request
+from anabranch.scheduling.eviction import require_budget
 from anabranch.scheduling.pages import PAGE, PagePool, pages_of
 from anabranch.scheduling.scheduler import Limits, Part, Scheduler
 from anabranch.scheduling.speculation import Speculator
 from anabranch.serving.decoder import read_decoder
+from anabranch.serving.evictor import Evictor
 from anabranch.serving.pools import KvShape, allocate, first_page
 from anabranch.serving.sampler import sample
-from anabranch.serving.step.base import Outputs, Rows, Step
+from anabranch.serving.step.base import Int32, Outputs, Rows, Step
 from anabranch.serving.step.native import WEIGHTS, NativeStep
 from anabranch.serving.step.torch_step import TorchStep
 from anabranch.serving.store.arena import ExpertStore, StoreFigures
 from anabranch.serving.store.checkpoint import Checkpoint
 from anabranch.serving.table import PageTable
+from anabranch.serving.tiers import PageTier
 
 STEPS = ("auto", "native", "torch")
 MIB = 1 << 20
+# Waiting chains whose pages are read ahead from a spill folder.
+PREFETCHED = 2
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,12 @@ class EngineSettings:
     kv_dtype: str | None = None
     # Memory for keys and values.
     kv_memory_mib: int = 512
+    # Tokens that a decoding chain keeps at most: beyond, pages of little attention leave it. None to keep all.
+    evict_above: int | None = None
+    # Memory for pages of preempted chains, which are computed once more where it is full or 0.
+    spill_mib: int = 0
+    # Folder for these pages; None for host memory.
+    spill_folder: str | None = None
     # Threads of the native step; None for the cores of this machine.
     threads: int | None = None
     # "native" (C++, on CPU), "torch" (transformers' modules), or "auto": native where it can.
@@ -74,6 +86,12 @@ class EngineSettings:
             raise ConfigError(
                 "the torch step holds the whole model; use step='native'", setting="memory_limit_mib"
             )
+        if self.evict_above is not None:
+            require_budget(self.evict_above)
+        if self.spill_mib < 0:
+            raise ConfigError("must be at least 0", setting="spill_mib")
+        if self.spill_folder is not None and self.spill_mib == 0:
+            raise ConfigError("wants spill_mib, how much the folder may hold", setting="spill_folder")
         if not 0 <= self.speculate < PAGE:
             raise ConfigError(f"must lie in 0 to {PAGE - 1}, not {self.speculate}", setting="speculate")
 
@@ -112,8 +130,6 @@ class Engine:
         self.pools: dict[str, Tensor] = {kv_dtype: allocate(self.kv_shape, kv_dtype, max(pages, 1))}
         draft = self.settings.speculate
         self.speculator = Speculator(draft, within_page=kv_dtype != dtype) if draft else None
-        pool = PagePool(max(pages, 1), first_page(kv_dtype))
-        self.scheduler = Scheduler(self.limits, pool, self.speculator)
         # Pages are written in the step's own precision; where they are kept in another, they are rewritten once full.
         open_pages: PagePool | None = None
         if kv_dtype != dtype:
@@ -124,9 +140,13 @@ class Engine:
         )
         rewriter = self.step if isinstance(self.step, NativeStep) else None
         self.table = PageTable(self.limits.slots, self.limits.tokens, open_pages, rewriter)
+        self.tier = self._tier()
+        pool = PagePool(max(pages, 1), first_page(kv_dtype))
+        self.scheduler = Scheduler(self.limits, pool, self.speculator, self.tier)
         self.logprobs: dict[Chain, list[float | None]] = {}
         # Called after each step, while its parts are as they entered.
         self.watchers: list[Callable[[Sequence[Part], Outputs], None]] = []
+        self.evictor = self._evictor(kv_dtype)
 
     @classmethod
     def from_folder(cls, folder: Path, settings: EngineSettings | None = None) -> "Engine":
@@ -157,6 +177,8 @@ class Engine:
     def close(self) -> None:
         """Give weights, threads and pages back."""
         self.step.close()
+        if self.tier is not None:
+            self.tier.close()
         self.pools.clear()
 
     def submit(self, request: Request) -> list[Chain]:
@@ -176,6 +198,10 @@ class Engine:
 
     def advance(self) -> list[Chain]:
         """One step. Returns the chains that got a token; a forced end of thought comes with the token before."""
+        # Before the plan for chains that have ended, so that new ones find open pages; after it for preempted ones.
+        self.table.release(self.scheduler.running)
+        if self.tier is not None:
+            self.tier.prefetch(islice(self.scheduler.waiting, PREFETCHED))
         parts = self.scheduler.plan()
         self.table.release(self.scheduler.running)
         if not parts:
@@ -196,7 +222,10 @@ class Engine:
             chain, known = part.chain, self.logprobs[part.chain]
             del known[chain.new_tokens :]  # guesses that went on after a stop
             known += [None] * (chain.new_tokens - len(known))
-        return [part.chain for part in got]
+        chains = [part.chain for part in got]
+        if self.evictor is not None:
+            self.evictor.evict(chains)
+        return chains
 
     def generate(
         self, requests: Sequence[Request], each: Callable[[Completion], None] | None = None
@@ -237,6 +266,25 @@ class Engine:
         for chain, value, row in zip(chains, chosen.tolist(), rows, strict=True):
             self.logprobs[chain].append(value - float(outputs.log_total_W[row]))
 
+    def _tier(self) -> PageTier | None:
+        if not self.settings.spill_mib:
+            return None
+        folder = self.settings.spill_folder
+        return PageTier(
+            self.table, self.pools, self.settings.spill_mib * MIB, None if folder is None else Path(folder)
+        )
+
+    def _evictor(self, kv_dtype: str) -> Evictor | None:
+        above = self.settings.evict_above
+        if above is None:
+            return None
+        if not isinstance(self.step, NativeStep):
+            raise ConfigError("only the native step weighs pages; leave it out", setting="evict_above")
+        self.step.weighing = True
+        evictor = Evictor(self.scheduler, above, self.kv_shape, kv_dtype, self.pools[kv_dtype])
+        self.watchers.append(evictor.weigh)
+        return evictor
+
     def _step(self, model: PreTrainedModel, weights: str) -> Step:
         wants = self.settings.step
         if wants != "torch" and (wants == "native" or model.device.type == "cpu"):
@@ -262,29 +310,34 @@ class Engine:
         return self.settings.threads or os.cpu_count() or 1
 
     def _rows(self, parts: Iterable[Part]) -> Rows:
-        tokens, positions, chains, want = [], [], [], []
+        tokens, positions, lengths, chains, want = [], [], [], [], []
         one_each = True
         for chain, count, last, draft in parts:
-            slot, cached = chain.slot, chain.cached
+            slot, cached, length = chain.slot, chain.cached, chain.held + 1
             assert slot is not None
             self.table.enter(chain, count)
             if count == 1:
                 tokens.append(chain.tokens[cached])
                 positions.append(cached)
+                lengths.append(length)
                 chains.append(slot)
             else:
                 one_each = False
                 tokens += chain.tokens[cached : cached + count - len(draft)]
                 tokens += draft
                 positions += range(cached, cached + count)
+                lengths += range(length, length + count)
                 chains += [slot] * count
             if last:
                 want += range(len(tokens) - 1 - len(draft), len(tokens))
-        position_T = np.array(positions, dtype=np.int32)
         return Rows(
-            np.array(tokens, dtype=np.int32), position_T, position_T + 1, np.array(chains, dtype=np.int32),
-            self.table.lines_CP, np.array(want, dtype=np.int32), one_each,
+            _int32(tokens), _int32(positions), _int32(lengths), _int32(chains), self.table.lines_CP, _int32(want),
+            one_each,
         )  # fmt: skip
+
+
+def _int32(numbers: list[int]) -> Int32:
+    return np.array(numbers, dtype=np.int32)
 
 
 def kv_shape_of(model: PreTrainedModel) -> KvShape:

@@ -19,7 +19,7 @@ from anabranch.serving.step.base import Int32
 class Rewriter(Protocol):
     """Rewrites a full page in the format of another."""
 
-    def quantise(self, page: int, to: int) -> None: ...
+    def rewrite(self, page: int, to: int) -> None: ...
 
 
 class _Listed(NamedTuple):
@@ -27,6 +27,7 @@ class _Listed(NamedTuple):
 
     chain: Chain
     left: int
+    evicted: int
     pages: int
 
 
@@ -41,23 +42,32 @@ class PageTable:
         self.lines_CP: Int32 = np.zeros((slots, pages_of(tokens)), dtype=np.int32)
         self._listed: list[_Listed | None] = [None] * slots
         self._open, self._rewriter = open_pages, rewriter
+        # By slot: the open page over each page, which is counted as if none had been evicted.
         self._overlay: dict[int, dict[int, int]] = {}
 
     def enter(self, chain: Chain, count: int) -> None:
         """Bring the chain's line up to date; its next `count` tokens go to open pages where there are such."""
         slot = chain.slot
         assert slot is not None
-        listed = _Listed(chain, chain.left, len(chain.pages))
+        listed = _Listed(chain, chain.left, chain.evicted, len(chain.pages))
         if self._listed[slot] != listed:
-            self.lines_CP[slot, : len(chain.pages)] = chain.pages
+            pages = self.pages(chain)
+            self.lines_CP[slot, : len(pages)] = pages
             self._listed[slot] = listed
-            for index, page in self._overlay.get(slot, {}).items():
-                self.lines_CP[slot, index] = page
         if self._open is not None:
             mine = self._overlay.setdefault(slot, {})
             for index in range(chain.cached // PAGE, (chain.cached + count - 1) // PAGE + 1):
                 if index not in mine:
-                    mine[index] = self.lines_CP[slot, index] = self._open.take()
+                    mine[index] = self._open.take()
+                    self.lines_CP[slot, index - chain.evicted // PAGE] = mine[index]
+
+    def pages(self, chain: Chain) -> list[int]:
+        """Where the chain's tokens are now: its pages, or the open ones over them."""
+        assert chain.slot is not None
+        pages = chain.pages[:]
+        for index, page in self._overlay.get(chain.slot, {}).items():
+            pages[index - chain.evicted // PAGE] = page
+        return pages
 
     def close(self, entered: Iterable[tuple[Chain, int]]) -> None:
         """Rewrite open pages that so many more tokens of each chain have filled in the format in which they are
@@ -68,8 +78,9 @@ class PageTable:
             assert chain.slot is not None
             mine, full = self._overlay[chain.slot], (chain.cached + count) // PAGE
             for index in [i for i in mine if i < full]:
-                self._rewriter.quantise(mine[index], chain.pages[index])
-                self.lines_CP[chain.slot, index] = chain.pages[index]
+                place = index - chain.evicted // PAGE
+                self._rewriter.rewrite(mine[index], chain.pages[place])
+                self.lines_CP[chain.slot, place] = chain.pages[place]
                 self._open.give_back(mine.pop(index))
 
     def release(self, running: Iterable[Chain]) -> None:

@@ -99,9 +99,19 @@ void quantise_int4(const T* keys, uint8_t* to, int dim) {
 }
 
 template <class T>
-void quantise_head(const uint8_t* page, Format format, uint8_t* to, int dim) {
+void rewrite_head(const uint8_t* page, Format format, uint8_t* to, int dim) {
     const T* keys = reinterpret_cast<const T*>(page);
-    format == KV_INT8 ? quantise_int8(keys, to, dim) : quantise_int4(keys, to, dim);
+    const int64_t numbers = 2 * int64_t{PAGE} * dim;
+    switch (format) {
+        case KV_F32:
+            for (int64_t i = 0; i < numbers; ++i) reinterpret_cast<float*>(to)[i] = widen(keys[i]);
+            break;
+        case KV_BF16:
+            for (int64_t i = 0; i < numbers; ++i) narrow(reinterpret_cast<bf16*>(to) + i, widen(keys[i]));
+            break;
+        case KV_INT8: quantise_int8(keys, to, dim); break;
+        default: quantise_int4(keys, to, dim);
+    }
 }
 
 }  // namespace
@@ -134,8 +144,8 @@ int64_t anabranch_page_bytes(int layers, int heads, int dim, int format) {
     return PageShape{layers, heads, dim}.page_bytes(static_cast<Format>(format));
 }
 
-// Rewrites a full fp32 or bf16 page as an int8 or int4 page.
-void anabranch_quantise(uint8_t* const* pools, int layers, int heads, int dim, int32_t from, int32_t to) {
+// Rewrites a full fp32 or bf16 page in the format of another.
+void anabranch_rewrite(uint8_t* const* pools, int layers, int heads, int dim, int32_t from, int32_t to) {
     const PageShape shape{layers, heads, dim};
     const Pools all(pools);
     const auto format = static_cast<Format>(to >> FORMAT_SHIFT);
@@ -144,9 +154,9 @@ void anabranch_quantise(uint8_t* const* pools, int layers, int heads, int dim, i
             const uint8_t* page = all.head(shape, from, l, h);
             uint8_t* out = all.head(shape, to, l, h);
             if (from >> FORMAT_SHIFT == KV_F32)
-                quantise_head<float>(page, format, out, dim);
+                rewrite_head<float>(page, format, out, dim);
             else
-                quantise_head<bf16>(page, format, out, dim);
+                rewrite_head<bf16>(page, format, out, dim);
         }
 }
 

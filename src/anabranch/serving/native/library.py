@@ -83,8 +83,8 @@ def library() -> ctypes.CDLL:
     made.anabranch_draw.restype = None
     made.anabranch_page_bytes.argtypes = [c_int, c_int, c_int, c_int]
     made.anabranch_page_bytes.restype = c_int64
-    made.anabranch_quantise.argtypes = [POINTER(c_void_p), c_int, c_int, c_int, c_int32, c_int32]
-    made.anabranch_quantise.restype = None
+    made.anabranch_rewrite.argtypes = [POINTER(c_void_p), c_int, c_int, c_int, c_int32, c_int32]
+    made.anabranch_rewrite.restype = None
     made.anabranch_product.argtypes = [*[c_void_p] * 4, *[c_int] * 3]
     made.anabranch_product.restype = None
     made.anabranch_attention.argtypes, made.anabranch_attention.restype = [POINTER(Attention)], None

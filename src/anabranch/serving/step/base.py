@@ -35,13 +35,14 @@ class Rows(NamedTuple):
 
 class Outputs(NamedTuple):
     """logits_WV: fp32. best_W: the most probable token. log_total_W: log of the sum of exponentials of the logits,
-    so that logits - log_total are log-probabilities. routed_LTK: each row's experts, None unless asked for. Valid until
-    the next step."""
+    so that logits - log_total are log-probabilities. Only where asked for, routed_LTK: each row's experts; mass_TP:
+    each row's attention by page of its chain, summed over layers and heads. Valid until the next step."""
 
     logits_WV: Tensor
     best_W: Int32
     log_total_W: NDArray[np.float32]
     routed_LTK: Int32 | None = None
+    mass_TP: NDArray[np.float32] | None = None
 
 
 class Step(Protocol):

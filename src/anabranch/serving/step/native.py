@@ -37,8 +37,9 @@ class NativeStep:
 
     weights: "float32", "bfloat16" or "int8" (a scale for each output). What is multiplied with them is fp32 for
     float32 and bf16 else; sums, norms, softmax and the residual stream are fp32 always. pools: uint8 pages by
-    format, as `pools.allocate` makes them. store: of the experts that `decoder` has no weights of. Raises
-    ConfigError for a model whose sizes it cannot compute, and BuildError without a compiler.
+    format, as `pools.allocate` makes them. store: of the experts that `decoder` has no weights of. weighing: whether
+    outputs tell the attention of each page; the caller's to set. Raises ConfigError for a model whose sizes it cannot
+    compute, and BuildError without a compiler.
     """
 
     name = "native"
@@ -56,7 +57,7 @@ class NativeStep:
     ) -> None:
         self._handle: int | None = None
         _check(decoder, weights)
-        self.vocab, self.routing = decoder.vocab, False
+        self.vocab, self.routing, self.weighing = decoder.vocab, False, False
         self._top_k = max(layer.experts.top_k for layer in decoder.layers)
         self._routers = [i for i, layer in enumerate(decoder.layers) if layer.experts.router_ED is not None]
         self.kv_shape = KvShape(len(decoder.layers), decoder.kv_heads, decoder.head_dim)
@@ -90,21 +91,26 @@ class NativeStep:
             self._log_total_W = np.empty(wanted, dtype=np.float32)
         layers, tokens = len(self._layers), len(rows.token_T)
         routed_LTK = np.empty((layers, tokens, self._top_k), dtype=np.int32) if self.routing else None
+        stride, heads = rows.table_CP.shape[1], self.kv_shape.heads
+        mass_TGP = np.zeros((tokens, heads, stride), dtype=np.float32) if self.weighing else None
         native = NativeRows(
-            len(rows.token_T), wanted, int(rows.one_each), rows.table_CP.shape[1],
+            len(rows.token_T), wanted, int(rows.one_each), stride,
             rows.token_T.ctypes.data, rows.position_T.ctypes.data, rows.length_T.ctypes.data,
             rows.chain_T.ctypes.data, rows.table_CP.ctypes.data, rows.want_W.ctypes.data, self._pointers,
             self._logits_WV.data_ptr(), self._best_W.ctypes.data, self._log_total_W.ctypes.data,
-            None if routed_LTK is None else routed_LTK.ctypes.data, None,
+            *(None if asked is None else asked.ctypes.data for asked in (routed_LTK, mass_TGP)),
         )  # fmt: skip
         while damaged := self._library.anabranch_step(self._handle, ctypes.byref(native)):
             assert self.store is not None
             self.store.records.repair(damaged - 1)
+            if mass_TGP is not None:
+                mass_TGP.fill(0.0)
         if self.store is not None:
             self.store.after_step()
         return Outputs(
             self._logits_WV[:wanted, : self.vocab], self._best_W[:wanted], self._log_total_W[:wanted],
             None if routed_LTK is None else routed_LTK[self._routers],
+            None if mass_TGP is None else mass_TGP.sum(1),
         )  # fmt: skip
 
     def draw(self, logits_WV: Tensor, draws: Sequence[Draw]) -> list[int]:
@@ -122,10 +128,10 @@ class NativeStep:
         )  # fmt: skip
         return tokens.tolist()
 
-    def quantise(self, page: int, to: int) -> None:
-        """Rewrite a full page as the int8 or int4 page `to`."""
+    def rewrite(self, page: int, to: int) -> None:
+        """Rewrite a full page in the format of page `to`."""
         shape = self.kv_shape
-        self._library.anabranch_quantise(self._pointers, shape.layers, shape.heads, shape.dim, page, to)
+        self._library.anabranch_rewrite(self._pointers, shape.layers, shape.heads, shape.dim, page, to)
 
     def close(self) -> None:
         if self._handle:
