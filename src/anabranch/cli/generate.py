@@ -41,8 +41,15 @@ Seed = Annotated[int, typer.Option(help="of the first prompt's random numbers; p
 Stop = Annotated[list[str] | None, typer.Option(help="end a sample before this string; may be repeated")]
 Chat = Annotated[bool, typer.Option("--chat", help="put prompts into the model's chat template")]
 Dtype = Annotated[str | None, typer.Option(help="of weights: float32, bfloat16, int8 [default: the model's]")]
-KvDtype = Annotated[str | None, typer.Option(help="of cached keys and values, likewise [default: --dtype]")]
+KvDtype = Annotated[
+    str | None, typer.Option(help="of cached keys and values, likewise or int4 [default: --dtype]")
+]
 KvMemory = Annotated[int, typer.Option(help="MiB for keys and values")]
+EvictAbove = Annotated[
+    int | None, typer.Option(help="tokens a sample keeps at most while it decodes [default: all]")
+]
+Spill = Annotated[int, typer.Option(help="MiB for keys and values of samples that wait")]
+SpillFolder = Annotated[str | None, typer.Option(help="where to keep these [default: in memory]")]
 Slots = Annotated[int, typer.Option(help="samples computed at once")]
 Threads = Annotated[int | None, typer.Option(help="of the native step [default: all cores]")]
 Step = Annotated[str, typer.Option(help="auto, native (C++) or torch")]
@@ -75,6 +82,9 @@ def generate(
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
     kv_memory_mib: KvMemory = 512,
+    evict_above: EvictAbove = None,
+    spill_mib: Spill = 0,
+    spill_folder: SpillFolder = None,
     slots: Slots = 32,
     threads: Threads = None,
     step: Step = "auto",
@@ -93,7 +103,8 @@ def generate(
     quiet()
     read = read_prompts(Path(prompts))
     asked["prompts"] = hashlib.sha256(Path(prompts).read_bytes()).hexdigest()[:16]
-    engine_settings = EngineSettings(dtype, kv_dtype, kv_memory_mib, threads, step, Limits(slots))
+    keys_and_values = (kv_dtype, kv_memory_mib, evict_above, spill_mib, spill_folder)
+    engine_settings = EngineSettings(dtype, *keys_and_values, threads, step, Limits(slots))
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     # The prompt stands for those of the file; what else can be wrong is said before the model is loaded.
     request = Request((0,), max_new_tokens, samples, sampling)
@@ -116,7 +127,18 @@ def generate(
 
 
 # What may differ between a run and the one that it goes on from: it changes no sample beyond rounding.
-FREE = ("out", "kv_memory_mib", "slots", "threads", "step", "resume", "overwrite", "json_out")
+FREE = (
+    "out",
+    "kv_memory_mib",
+    "spill_mib",
+    "spill_folder",
+    "slots",
+    "threads",
+    "step",
+    "resume",
+    "overwrite",
+    "json_out",
+)
 
 
 def _run(batch: Batch, prompts: list[tuple[int, ...]], output: OutputFile, out: str) -> dict[str, Any]:
