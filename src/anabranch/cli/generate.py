@@ -103,8 +103,8 @@ def generate(
     quiet()
     read = read_prompts(Path(prompts))
     asked["prompts"] = hashlib.sha256(Path(prompts).read_bytes()).hexdigest()[:16]
-    keys_and_values = (kv_dtype, kv_memory_mib, evict_above, spill_mib, spill_folder)
-    engine_settings = EngineSettings(dtype, *keys_and_values, threads, step, Limits(slots))
+    pages = {"evict_above": evict_above, "spill_mib": spill_mib, "spill_folder": spill_folder}
+    engine_settings = EngineSettings(dtype, kv_dtype, kv_memory_mib, threads, step, Limits(slots), **pages)
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     # The prompt stands for those of the file; what else can be wrong is said before the model is loaded.
     request = Request((0,), max_new_tokens, samples, sampling)
