@@ -169,7 +169,7 @@ class Scheduler:
                 self.waiting.remove(chain)
                 if chain.kept and self._tier is not None:
                     self._tier.drop(chain)
-                    chain.kept = False
+                    chain.kept, chain.cached, chain.evicted, chain.mass = False, 0, 0, []
             else:
                 self._vacate(chain)
 
