@@ -33,10 +33,12 @@ PACKAGE_LINES = 20_000
 LONG_FILES: dict[str, str] = {}  # "experts/adaptive.py": reason
 LONG_FUNCTIONS = {
     "cli/generate.py::generate": "one line for each of 29 options, and the objects that they make",
+    "cli/serve.py::serve": "one line for each of 18 options, and the settings made of them",
     "cli/train.py::train": "one line for each of 25 options, and one call that passes them on",
 }
 LATE_IMPORTS = {
     "__init__.py::enable": "importing a room of the mind runs this file and must not import torch",
+    "cli/serve.py::serve": "the web server is an extra; every other command works without it",
 }
 HOST_SYNCS = {
     "transport/all_to_all.py::route": "numpy sizes of the plan, which is on the host: nothing waits",
@@ -59,6 +61,7 @@ TEST_HELPERS = {
     "integrations/parity.py": "one training, in one process and on ranks, compared",
     "serving/toy_decoders.py": "toy models that the C++ step takes",
     "integrations/toy_models.py": "toy models of real families and the text they read",
+    "serving/server/conftest.py": "real servers as processes, and the toy model they serve",
     "training/starting.py": "a run on a rank, as `anabranch train` starts it",
 }
 TEST_FOLDERS = {"property", "distributed", "golden", "validation", "faults"}  # all others mirror a room

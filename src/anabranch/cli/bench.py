@@ -14,6 +14,7 @@ from anabranch.cli.bench_balance import BalanceBench
 from anabranch.cli.bench_codecs import bench_codecs
 from anabranch.cli.bench_generate import Model, bench_generate, require_vllm, train_small
 from anabranch.cli.bench_planner import bench_planner
+from anabranch.cli.bench_soak import bench_soak
 from anabranch.cli.bench_store import bench_store
 from anabranch.cli.cluster_grid import (
     MODEL,
@@ -25,10 +26,10 @@ from anabranch.cli.cluster_grid import (
     quick_grid,
     verdict,
 )
-from anabranch.cli.fail import fails_clearly
+from anabranch.cli.fail import FAILED, fails_clearly
 from anabranch.cli.generate_cases import RANDOM, TRAINED, full_cases, quick_cases, vllm_cases, write_model
 from anabranch.cli.launch import launch
-from anabranch.cli.process import under_torchrun
+from anabranch.cli.process import quiet, under_torchrun
 from anabranch.cli.results import require_json_file, write_results
 from anabranch.errors import ConfigError, TraceError
 from anabranch.training.config import DTYPES
@@ -124,6 +125,27 @@ def cluster(
         if explain:
             print_explained(explained)
     typer.echo(verdict(rows).text())
+
+
+@bench.command()
+@fails_clearly
+def soak(
+    json_file: JsonFile = None,
+    clients: Annotated[int, typer.Option(min=1, help="at once")] = 500,
+    minutes: Annotated[float, typer.Option(min=0.1, help="of load; starting and resting come on top")] = 10.0,
+) -> None:
+    """Hammer a server on loopback with good and bad clients, kill its worker once; ends with 1 where it fails."""
+    require_json_file(json_file)
+    quiet()
+    with tempfile.TemporaryDirectory(prefix="anabranch-soak-") as folder:
+        row = bench_soak(clients, minutes, Path(folder))
+    write_results(json_file, [row])
+    for name, value in row.items():
+        if name not in ("wrong_answers", "verdict"):
+            typer.echo(f"{name:>16}  {value}")
+    for trouble in row["verdict"]:
+        typer.secho(trouble, fg="red")
+    raise typer.Exit(FAILED if row["verdict"] else 0)
 
 
 @bench.command()

@@ -5,6 +5,7 @@ import typer
 from anabranch.cli.bench import bench
 from anabranch.cli.generate import generate
 from anabranch.cli.lab import lab
+from anabranch.cli.serve import serve
 from anabranch.cli.train import trace, train
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(trace)
 app.command()(generate)
+app.command()(serve)
 app.add_typer(bench, name="bench")
 app.add_typer(lab, name="lab")
 

@@ -19,17 +19,26 @@ class Loaded(NamedTuple):
     stop_tokens: frozenset[int]
 
 
-def load(folder: Path, dtype: str | None) -> Loaded:
-    """dtype: as in EngineSettings. Raises ConfigError without such a folder, CheckpointError for what it holds."""
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Raises as `load`."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; models are not downloaded", setting="model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} holds no tokenizer: {error}", setting="model") from error
+
+
+def load(folder: Path, dtype: str | None) -> Loaded:
+    """dtype: as in EngineSettings. Raises ConfigError without such a folder, CheckpointError for what it holds."""
+    tokenizer = load_tokenizer(folder)
+    try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} holds no model to serve: {error}", setting="model") from error
     named = model.generation_config.eos_token_id
     ends = [] if named is None else [named] if isinstance(named, int) else list(named)
-    if tokenizer.eos_token_id is not None:
-        ends.append(tokenizer.eos_token_id)
+    end = tokenizer.eos_token_id
+    if isinstance(end, int):
+        ends.append(end)
     return Loaded(model, tokenizer, frozenset(ends))

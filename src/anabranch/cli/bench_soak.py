@@ -1,0 +1,217 @@
+"""`anabranch bench soak`: a server of its own under many clients, some of which misbehave, and a worker that is killed.
+
+Time is cut in quarters. After each one the clients pause, the server comes to rest, and its pages and memory are
+looked at. In the second quarter the worker is killed.
+"""
+
+import asyncio
+import inspect
+import os
+import queue
+import random
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
+
+from anabranch.cli.fail import RankDiedError
+from anabranch.cli.soak_client import Case, Client, Tally, get
+from anabranch.scheduling.chain import Request
+from anabranch.serving.engine import Engine, EngineSettings
+from anabranch.serving.text import text_of
+from anabranch.training.tokens import load_or_train_tokenizer
+
+BODY_LIMIT = 32 << 10
+# Little memory, so that chains are preempted; fewer places than clients, so that some are sent away.
+OPTIONS = ("--name", "soak", "--port", "0", "--max-body-bytes", str(BODY_LIMIT), "--kv-memory-mib", "8")
+SOURCES = (textwrap, queue, random, asyncio.queues)
+PROMPTS, LONGEST, LENGTHS = 64, 96, (4, 24, 96)
+# A prompt whose two most probable tokens are nearly alike somewhere is no test: rounding may decide.
+MARGIN = 1e-3
+QUARTERS, START_S, REST_S = 4, 180, 60
+# Memory may grow by so much between the first quarter after the kill and the end.
+GROWTH, GROWTH_MIB = 0.05, 8
+MIB = 1 << 20
+
+
+def bench_soak(clients: int, minutes: float, folder: Path) -> dict[str, Any]:
+    """One row of what was counted and measured; `verdict` is empty when all is well. folder: for the model."""
+    cases = write_model(folder)
+    command = [sys.executable, "-m", "anabranch", "serve", str(folder), *OPTIONS]
+    with (folder / "server.log").open("w") as log, subprocess.Popen(command, stderr=log) as server:
+        try:
+            row = asyncio.run(_soak(clients, minutes * 60, folder / "server.log", server, cases))
+            server.send_signal(signal.SIGTERM)
+            row["exit_status"] = server.wait(REST_S)
+        finally:
+            server.kill()
+    return {**row, "verdict": verdict(row)}
+
+
+def write_model(folder: Path) -> list[Case]:
+    """Save a small random model with a tokenizer; what it writes after some prompts, by the engine in this process,
+    where transformers' own forward agrees with some margin."""
+    texts = [inspect.getsource(module) for module in SOURCES]
+    tokenizer = load_or_train_tokenizer(texts, 1024, folder / "tokenizer")
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, moe_intermediate_size=128,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, num_experts=16,
+        num_experts_per_tok=4, max_position_embeddings=4096, tie_word_embeddings=False, initializer_range=0.1,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    config.update({"head_dim": 32})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    # Bytes that are no character look alike: an answer of them would hide a mistake, so they are never chosen.
+    broken = [i for i in range(len(tokenizer)) if not str(tokenizer.decode([i])).isascii()]
+    model.get_output_embeddings().weight.data[broken] = 0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    draw = random.Random(0)
+    text = "\n".join(texts)
+    starts = [draw.randrange(len(text) - 1500) for _ in range(PROMPTS)]
+    prompts = [text[at : at + draw.choice((20, 200, 1500))] for at in starts]
+    ids = [tuple(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    end = tokenizer.eos_token_id
+    assert isinstance(end, int)
+    with Engine(model, EngineSettings(kv_memory_mib=64)) as engine:
+        done = [engine.generate([Request(p, LONGEST, stop_tokens=frozenset({end}))])[0] for p in ids]
+    return [
+        Case(prompt, length, text_of(tokenizer, completion.tokens[:length], tokens))
+        for prompt, tokens, completion in zip(prompts, ids, done, strict=True)
+        if agrees(model, tokens, completion.tokens)
+        for length in LENGTHS
+    ]
+
+
+def agrees(model: PreTrainedModel, prompt: tuple[int, ...], new: list[int]) -> bool:
+    """Whether each new token is the most probable one by more than the margin."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *new]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    best, second = logits.topk(2).values.unbind(1)
+    assert bool((logits.argmax(1) == torch.tensor(new))[best - second > MARGIN].all())
+    return bool((best - second > MARGIN).all())
+
+
+def verdict(row: dict[str, Any]) -> list[str]:
+    """All that is wrong."""
+    found = [f"wrong answer: {text}" for text in row["wrong_answers"]]
+    found += [f"{n} leaked pages after quarter {i}" for i, n in enumerate(row["leaked_pages"]) if n]
+    found += [f"{n} requests ended as {name!r}" for name, n in row["unexpected"].items()]
+    for name in ("worker", "front"):
+        memory = row[f"{name}_mib"]
+        if memory[-1] > memory[2] * (1 + GROWTH) + GROWTH_MIB:
+            found.append(f"memory of the {name} grew: {memory} MiB")
+    if row["restarts"] != 1:
+        found.append(f"{row['restarts']} workers were replaced, one was killed")
+    if row["exit_status"] != 0:
+        found.append(f"the server ended with {row['exit_status']}")
+    return found
+
+
+async def _soak(
+    clients: int, seconds: float, log: Path, server: subprocess.Popen[bytes], cases: list[Case]
+) -> dict[str, Any]:
+    port = await _port(log, server)
+    tally, going = Tally(), asyncio.Event()
+    crowd = [Client(i, port, cases, BODY_LIMIT, going, tally) for i in range(clients)]
+    tasks = [asyncio.create_task(client.run()) for client in crowd]
+    looks = [await _rest(port, crowd)]
+    for quarter in range(QUARTERS):
+        going.set()
+        await asyncio.sleep(seconds / QUARTERS / 2)
+        if quarter == 1:
+            os.kill(int((await _metrics(port))["worker_pid"]), signal.SIGKILL)
+        await asyncio.sleep(seconds / QUARTERS / 2)
+        going.clear()
+        looks.append(await _rest(port, crowd))
+    for task in tasks:
+        task.cancel()
+    for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(ended, Exception):
+            raise ended
+    return _row(clients, seconds, tally, looks, len(cases))
+
+
+def _row(
+    clients: int, seconds: float, tally: Tally, looks: list[dict[str, float]], cases: int
+) -> dict[str, Any]:
+    latencies = torch.tensor(tally.latencies_s or [0.0])
+    rights = sum(n for name, n in tally.outcomes.items() if name.endswith(": right"))
+    return {
+        "clients": clients,
+        "minutes": seconds / 60,
+        "cases": cases,
+        "requests": tally.outcomes.total(),
+        "right_answers": rights,
+        "wrong_answers": tally.wrong,
+        "outcomes": dict(sorted(tally.outcomes.items())),
+        "unexpected": unexpected(tally.outcomes),
+        "latency_p50_s": round(float(latencies.quantile(0.5)), 3),
+        "latency_p99_s": round(float(latencies.quantile(0.99)), 3),
+        "worker_mib": [round(look['resident_bytes{process="worker"}'] / MIB, 1) for look in looks],
+        "front_mib": [round(look['resident_bytes{process="front"}'] / MIB, 1) for look in looks],
+        "leaked_pages": [
+            int(
+                max(
+                    look["kv_pages_leaked"],
+                    look['kv_pages{state="total"}']
+                    - look['kv_pages{state="free"}']
+                    - look['kv_pages{state="cached"}'],
+                )
+            )
+            for look in looks
+        ],
+        "preempted": [int(look["engine_preempted_total"]) for look in looks],
+        "restarts": int(looks[-1]["worker_restarts_total"]),
+    }
+
+
+def unexpected(outcomes: Counter[str]) -> dict[str, int]:
+    """Outcomes that no client should see. 503 and an error event come of the kill, 429 of the crowd."""
+    fine = {"right", "wrong", "200", "429", "503", "error event"}
+    own = {"oversized": {"413", "429"}, "malformed": {"400", "404", "429"}}
+    return {
+        name: n
+        for name, n in outcomes.items()
+        if (action := name.split(": ")[0], end := name.split(": ")[1])
+        and end not in own.get(action, fine | ({"left"} if action.startswith("leave") else set()))
+    }
+
+
+async def _port(log: Path, server: subprocess.Popen[bytes]) -> int:
+    for _ in range(START_S * 10):
+        found = re.search(r"at http://127.0.0.1:(\d+)/v1\n", log.read_text())
+        if found:
+            return int(found[1])
+        if server.poll() is not None:
+            break
+        await asyncio.sleep(0.1)
+    raise RankDiedError(f"the server did not start: {log.read_text()[-2000:]}")
+
+
+async def _metrics(port: int) -> dict[str, float]:
+    lines = (await get(port, "/metrics")).content.decode().splitlines()
+    pairs = (line.removeprefix("anabranch_").rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+async def _rest(port: int, crowd: list[Client]) -> dict[str, float]:
+    """What the server shows once nobody asks anything; one that finds no rest shows the pages it still holds."""
+    while any(client.busy for client in crowd):
+        await asyncio.sleep(0.05)
+    for _ in range(REST_S * 10):
+        look = await _metrics(port)
+        busy = sum(look.get(name, 1) for name in ("requests_inside", "chains_running", "chains_waiting"))
+        if look["worker_ready"] and not busy:
+            break
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(1.0)  # an idle worker checks its pages and says so
+    return await _metrics(port)
