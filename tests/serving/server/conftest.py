@@ -57,11 +57,11 @@ class Server:
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, headers={"Authorization": f"Bearer {self.key}"}, timeout=WAIT_S)
 
-    def post(self, body: object, path: str = "/v1/completions", **more: object) -> httpx.Response:
-        """A body as it is: bytes, or something to be sent as JSON."""
-        what = {"content": body} if isinstance(body, bytes) else {"json": body}
+    def post(self, body: object, path: str = "/v1/completions") -> httpx.Response:
+        """A body: what is to be sent as JSON, or bytes as they are, also in pieces."""
+        what = {"json": body} if isinstance(body, dict) else {"content": body}
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
-        return httpx.post(self.url + path, headers=headers, timeout=60, **what, **more)
+        return httpx.post(self.url + path, headers=headers, timeout=60, **what)
 
     def metric(self, name: str, **labels: str) -> float:
         samples = [s for f in text_string_to_metric_families(self.get("/metrics").text) for s in f.samples]

@@ -98,10 +98,10 @@ def test_what_is_not_json(server, body):
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
 
 
-def test_tokens_outside_the_vocabulary(server):
-    for token in (100_000, -1):
-        answer = server.post({**GOOD, "prompt": [5, token]})
-        assert (answer.status_code, "vocabulary" in answer.json()["error"]["message"]) == (400, True)
+@pytest.mark.parametrize("token", [100_000, -1, 1 << 40])
+def test_tokens_outside_the_vocabulary(server, token):
+    answer = server.post({**GOOD, "prompt": [5, token]})
+    assert (answer.status_code, answer.json()["error"]["message"].split(":")[0]) == (400, "prompt")
 
 
 def test_another_model_another_route_another_kind(server):
@@ -133,11 +133,10 @@ def test_a_wrong_key(tight_server):
 
 
 def test_a_large_body(tight_server):
-    for body in (b"x" * 4001, b"x" * 8_000_000):
+    in_pieces = (b"x" * 1000 for _ in range(9))
+    for body in (b"x" * 4001, b"x" * 8_000_000, in_pieces):
         answer = tight_server.post(body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
-    pieces = tight_server.post(b"", content=(b"x" * 1000 for _ in range(9)))
-    assert pieces.status_code == 413
 
 
 @pytest.mark.parametrize(

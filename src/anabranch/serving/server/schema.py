@@ -21,6 +21,7 @@ ANYWHERE = {"frequency_penalty": 0, "logit_bias": {}, "presence_penalty": 0, "se
 # Fields of OpenAI's that say who asks and what for, and never change an answer.
 LABELS = ("metadata", "prompt_cache_key", "safety_identifier", "user")
 
+Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -58,7 +59,7 @@ class Body(Strict):
 class CompletionBody(Body):
     """Of /v1/completions. logprobs 0 asks for those of the chosen tokens; other tokens' are not kept."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[Token] | list[list[Token]]
     logprobs: Literal[0] | None = None
 
 
