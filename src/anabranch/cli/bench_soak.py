@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 from anabranch.cli.fail import RankDiedError
 from anabranch.cli.soak_client import Case, Client, Tally, get
 from anabranch.scheduling.chain import Request
-from anabranch.serving.engine import Engine, EngineSettings
+from anabranch.serving.engine import Engine
+from anabranch.serving.settings import EngineSettings
 from anabranch.serving.text import text_of
 from anabranch.training.tokens import load_or_train_tokenizer
 

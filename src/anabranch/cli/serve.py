@@ -6,44 +6,51 @@ from typing import Annotated
 import typer
 
 from anabranch.cli.fail import fails_clearly
+from anabranch.cli.generate import Dtype, EvictAbove, KvDtype, KvMemory, Model, Slots, Spill, Step, Threads
 from anabranch.cli.process import quiet, say
 from anabranch.errors import ConfigError
 from anabranch.scheduling.scheduler import Limits
-from anabranch.serving.engine import EngineSettings
+from anabranch.serving.settings import EngineSettings
+
+Host = Annotated[str, typer.Option(help="address to listen at; beyond loopback a key is needed")]
+Port = Annotated[int, typer.Option(help="0 for a free one")]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="ANABRANCH_API_KEY", help="what clients must send", show_default=False)
+]
+Name = Annotated[str | None, typer.Option(help="of the model, for clients [default: the folder's]")]
+MemoryLimit = Annotated[int | None, typer.Option(help="MiB for weights; other experts stay on disk")]
+Speculate = Annotated[int, typer.Option(help="tokens guessed ahead at most, where that pays")]
+Chunk = Annotated[int, typer.Option(help="prompt tokens a step")]
+MaxTokens = Annotated[int, typer.Option(help="prompt and new tokens of an answer")]
+MaxRequests = Annotated[int, typer.Option(help="requests computed at once")]
+MaxQueue = Annotated[int, typer.Option(help="requests that may wait; more get 429")]
+MaxBodyBytes = Annotated[int, typer.Option(help="of a request")]
+DrainS = Annotated[float, typer.Option(help="seconds for running requests at the end")]
 
 
 @fails_clearly
 def serve(
-    model: Annotated[
-        str, typer.Argument(help="folder of a model and its tokenizer, as transformers saves them")
-    ],
-    host: Annotated[
-        str, typer.Option(help="address to listen at; beyond loopback a key is needed")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 for a free one")] = 8000,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="ANABRANCH_API_KEY", help="what clients must send", show_default=False),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="of the model, for clients [default: the folder's]")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or int8 [default: the model's]")
-    ] = None,
-    kv_dtype: Annotated[
-        str | None, typer.Option(help="of keys and values; int8 too [default: dtype]")
-    ] = None,
-    kv_memory_mib: Annotated[int, typer.Option(help="memory for keys and values")] = 512,
-    threads: Annotated[int | None, typer.Option(help="of the native step [default: all cores]")] = None,
-    step: Annotated[str, typer.Option(help="native, torch or auto")] = "auto",
-    slots: Annotated[int, typer.Option(help="chains computed at once")] = 32,
-    chunk: Annotated[int, typer.Option(help="prompt tokens a step")] = 512,
-    max_tokens: Annotated[int, typer.Option(help="prompt and new tokens of an answer")] = 4096,
-    max_requests: Annotated[int, typer.Option(help="requests computed at once")] = 64,
-    max_queue: Annotated[int, typer.Option(help="requests that may wait; more get 429")] = 256,
-    max_body_bytes: Annotated[int, typer.Option(help="of a request")] = 1 << 20,
-    drain_s: Annotated[float, typer.Option(help="seconds for running requests at the end")] = 30.0,
+    model: Model,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: ApiKey = None,
+    name: Name = None,
+    dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
+    kv_memory_mib: KvMemory = 512,
+    evict_above: EvictAbove = None,
+    spill_mib: Spill = 0,
+    memory_limit_mib: MemoryLimit = None,
+    threads: Threads = None,
+    step: Step = "auto",
+    speculate: Speculate = 0,
+    slots: Slots = 32,
+    chunk: Chunk = 512,
+    max_tokens: MaxTokens = 4096,
+    max_requests: MaxRequests = 64,
+    max_queue: MaxQueue = 256,
+    max_body_bytes: MaxBodyBytes = 1 << 20,
+    drain_s: DrainS = 30.0,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API; SIGTERM or Ctrl-C lets running requests finish."""
     try:
@@ -52,8 +59,10 @@ def serve(
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is missing: pip install 'anabranch[serve]'") from None
     quiet()
-    limits = Limits(slots, chunk, max_tokens)
-    engine = EngineSettings(dtype, kv_dtype, kv_memory_mib, threads, step, limits)
+    engine = EngineSettings(
+        dtype, kv_dtype, kv_memory_mib, threads, step, Limits(slots, chunk, max_tokens), speculate,
+        memory_limit_mib=memory_limit_mib, evict_above=evict_above, spill_mib=spill_mib,
+    )  # fmt: skip
     settings = ServerSettings(
         host, port, api_key or None, max_body_bytes, max_requests, max_queue, drain_s=drain_s, engine=engine
     )

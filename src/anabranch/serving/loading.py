@@ -4,7 +4,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from anabranch.errors import CheckpointError, ConfigError
 
@@ -36,9 +43,17 @@ def load(folder: Path, dtype: str | None) -> Loaded:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} holds no model to serve: {error}", setting="model") from error
-    named = model.generation_config.eos_token_id
-    ends = [] if named is None else [named] if isinstance(named, int) else list(named)
-    end = tokenizer.eos_token_id
-    if isinstance(end, int):
-        ends.append(end)
-    return Loaded(model, tokenizer, frozenset(ends))
+    return Loaded(model, tokenizer, stop_tokens(folder, tokenizer))
+
+
+def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Those that the model's folder names, and the tokenizer's own. Raises as `load`."""
+    try:
+        if (folder / "generation_config.json").is_file():
+            named = GenerationConfig.from_pretrained(folder).eos_token_id
+        else:
+            named = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "eos_token_id", None)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} holds no model to serve: {error}", setting="model") from error
+    ends = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    return frozenset(end for end in ends if isinstance(end, int))

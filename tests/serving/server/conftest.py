@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.sampling import Sampling
-from anabranch.serving.engine import Engine, EngineSettings
+from anabranch.serving.engine import Engine
+from anabranch.serving.settings import EngineSettings
 from anabranch.serving.text import text_of
 from anabranch.training.tokens import load_or_train_tokenizer
 
@@ -127,8 +128,9 @@ def server(served_model: Path, tight_server: Server, tmp_path_factory) -> Iterat
 
 @pytest.fixture(scope="session")
 def tight_server(bare_model: Path, tmp_path_factory) -> Iterator[Server]:
-    """One request at a time and one that waits, small bodies, a key."""
+    """One request at a time and one that waits, small bodies, a key; guesses ahead."""
     options = ("--max-requests", "1", "--max-queue", "1", "--max-body-bytes", "4000", "--api-key", KEY)
+    options += ("--speculate", "4")
     server = Server(bare_model, tmp_path_factory.mktemp("log") / "tight", *options)
     yield server
     server.stop()

@@ -6,10 +6,10 @@ from enum import Enum
 from typing import NamedTuple
 
 from anabranch.scheduling.chain import End, Request
-from anabranch.serving.engine import EngineSettings
 from anabranch.serving.server.link import END_S, Link
 from anabranch.serving.server.messages import Cancel, Event, Failed, Ready, Refused, Stats, Submit, Tokens
 from anabranch.serving.server.refusal import ApiError
+from anabranch.serving.settings import EngineSettings
 
 # From a worker's death to the next one's start; doubled while they die before they are ready.
 RESTART_S, RESTART_MOST_S = 0.5, 30.0

@@ -4,7 +4,7 @@ import ipaddress
 from dataclasses import dataclass, field
 
 from anabranch.errors import ConfigError
-from anabranch.serving.engine import EngineSettings
+from anabranch.serving.settings import EngineSettings
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Thread
 
-from anabranch.serving.engine import EngineSettings
 from anabranch.serving.server.messages import Cancel, Event, Submit
 from anabranch.serving.server.worker import work
+from anabranch.serving.settings import EngineSettings
 
 # A worker that has been asked to end, or has closed its pipe, has so long to be gone.
 END_S = 5.0

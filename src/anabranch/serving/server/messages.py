@@ -21,9 +21,8 @@ class Cancel(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """Worker to front, once: the model is loaded. stop_tokens: those that end its texts."""
+    """Worker to front, once: the model is loaded. why_not_native: why transformers' own modules compute it, if so."""
 
-    stop_tokens: frozenset[int]
     why_not_native: str | None
 
 

@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from anabranch.errors import ConfigError
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.sampling import Sampling
-from anabranch.serving.loading import load_tokenizer
+from anabranch.serving.loading import load_tokenizer, stop_tokens
 from anabranch.serving.server.refusal import ApiError
 from anabranch.serving.server.schema import Body, ChatBody, CompletionBody, read_body
 
@@ -35,8 +35,7 @@ class Reader:
         self.model = model
         self.tokenizer = load_tokenizer(Path(folder))
         self._tokens, self._max_choices = tokens, max_choices
-        # After these an answer ends; the worker tells them once its model is loaded.
-        self.stop_tokens: frozenset[int] = frozenset()
+        self._stop_tokens = stop_tokens(Path(folder), self.tokenizer)
 
     def completion(self, content: bytes) -> Asked:
         """Of /v1/completions. Raises ApiError."""
@@ -106,4 +105,4 @@ class Reader:
             body.repetition_penalty, body.temperature, body.top_k, body.top_p, body.min_p,
             secrets.randbits(62) if body.seed is None else body.seed,
         )  # fmt: skip
-        return Request(prompt, wanted, body.n, sampling, self.stop_tokens)
+        return Request(prompt, wanted, body.n, sampling, self._stop_tokens)

@@ -11,9 +11,9 @@ from transformers.utils import logging as transformers_logging
 
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.scheduling.chain import Chain
-from anabranch.serving.engine import Engine, EngineSettings
-from anabranch.serving.loading import load
+from anabranch.serving.engine import Engine
 from anabranch.serving.server.messages import Cancel, Event, Failed, Ready, Refused, Stats, Submit, Tokens
+from anabranch.serving.settings import EngineSettings
 
 # Without a message for so long an idle engine checks its pages.
 IDLE_S = 0.05
@@ -27,22 +27,16 @@ def work(connection: Connection, folder: str, settings: EngineSettings) -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        engine, ready = _load(folder, settings)
-    except AnabranchError as error:
+        engine = Engine.from_folder(Path(folder), settings)
+    except (AnabranchError, OSError, ValueError) as error:
         connection.send([Failed(str(error))])
         return
     with engine:
         try:
-            connection.send([ready])
+            connection.send([Ready(engine.why_not_native)])
             EngineLoop(engine, connection).run()
         except (EOFError, ConnectionError):
             return  # the front is gone
-
-
-def _load(folder: str, settings: EngineSettings) -> tuple[Engine, Ready]:
-    model, _, stop_tokens = load(Path(folder), settings.dtype)
-    engine = Engine(model, settings)
-    return engine, Ready(stop_tokens, engine.why_not_native)
 
 
 @dataclass
