@@ -1,7 +1,7 @@
 """Run by vLLM's own Python, not by ours: `python vllm_decode.py JOB.json`, which names a model and cases.
 
-Writes to the file `told` that the job names: for each case the seconds of its runs of one new token, and of all of them. It imports nothing
-of Anabranch: vLLM wants another transformers.
+Writes to the file `told` that the job names: for each case the seconds of its runs of one new token, and of all of
+them. It imports nothing of Anabranch: vLLM wants another transformers.
 """
 
 import json
