@@ -30,6 +30,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Raises as `load`."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; models are not downloaded", setting="model")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds no model to serve: it has no config.json", setting="model")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
