@@ -40,6 +40,7 @@ LATE_IMPORTS = {
     "cli/serve.py::serve": "the web server is an extra; every other command works without it",
 }
 HOST_SYNCS = {
+    "experts/adaptive.py::choose": "a foreseen call compares its E counts instead of gathering R x E",
     "transport/all_to_all.py::route": "numpy sizes of the plan, which is on the host: nothing waits",
     "transport/collectives.py::gather_counts": "the planner runs on the host: one read of R x E integers",
     "transport/dedup.py::_rows": "slots of a chunk follow from its tokens: one read of chunks x J integers",

@@ -5,18 +5,21 @@ here, L home slots, B guest slots, J = L + B slots.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from anabranch.errors import PlanError
 from anabranch.experts.grouped import ExpertsForward
 from anabranch.experts.guests import lend, tie
 from anabranch.experts.memory import PlanMemory, recomputing
 from anabranch.experts.seating import GuestTable, guest_table, seat
-from anabranch.placement.base import Homes, Plan
+from anabranch.placement.base import Homes, IntArray, Plan
 from anabranch.placement.choice import Choice, Chooser, Exchange
 from anabranch.transport.base import Route, Slots, Traffic, Transport
 from anabranch.transport.collectives import gather_counts
@@ -93,6 +96,7 @@ class AdaptiveExperts:
         self.forward = forward
         self.memory = PlanMemory()
         self.observers: list[Callable[[Observation], None]] = []
+        self._foreseen: deque[Choice] = deque()
         self._plan_ms = 0.0
 
     def __call__(self, home: Sequence[Tensor], x_SD: Tensor, ids_SK: Tensor, weights_SK: Tensor) -> Tensor:
@@ -114,9 +118,24 @@ class AdaptiveExperts:
             self._observe(choice, ids_SK, tokens, prepared.table, home)
         return y_SD
 
+    def foresee(self, counts_MRE: IntArray) -> None:
+        """Choose now for the coming calls, of which all ranks know the counts. Forgets what was foreseen before."""
+        self._foreseen = deque(self.chooser.choose(counts_RE, self.homes) for counts_RE in counts_MRE)
+
     def choose(self, ids_SK: Tensor) -> Choice:
-        """What this call does. Collective: every rank sees the counts of all."""
+        """What this call does. Collective, unless foreseen: every rank sees the counts of all.
+
+        Raises PlanError where a foreseen call has other counts; other ranks then wait for this one in vain.
+        """
         counts_E = torch.bincount(ids_SK.reshape(-1), minlength=self.homes.experts)
+        if self._foreseen:
+            self._plan_ms = 0.0
+            choice = self._foreseen.popleft()
+            if not np.array_equal(choice.plan.counts_RE[self.rank], counts_E.cpu().numpy()):
+                raise PlanError(
+                    "was not what its plan was made for; run the update within `replay`", setting="routing"
+                )
+            return choice
         counts_RE = gather_counts(counts_E, self.group).numpy().astype("int64")
         started_s = time.perf_counter()
         choice = self.chooser.choose(counts_RE, self.homes)

@@ -49,3 +49,18 @@ class FixedChoice:
 
     def slots_needed(self, homes: Homes) -> int:
         return self.planner.slots_needed(homes)
+
+
+@dataclass(frozen=True)
+class BySize:
+    """Inference: a choice for calls of up to `rows` rows, as decoding makes them, and one for larger, as prompts do."""
+
+    small: FixedChoice
+    large: FixedChoice
+    rows: int
+
+    def choose(self, counts_RE: IntArray, homes: Homes) -> Choice:
+        return (self.small if counts_RE.sum() <= self.rows else self.large).choose(counts_RE, homes)
+
+    def slots_needed(self, homes: Homes) -> int:
+        return max(self.small.slots_needed(homes), self.large.slots_needed(homes))
