@@ -94,7 +94,8 @@ class Store {
         return order;
     }
 
-    // Reads ahead what a later layer will probably need, the most probable first, as far as there is room.
+    // Reads ahead what a later layer will probably need, the most probable first, in the place of what is less wanted in
+    // the long run: a guess that drove out better experts would cost more reads than it hides.
     void expect(const std::vector<int>& records) {
         std::lock_guard<std::mutex> hold(mutex_);
         for (const int record : records)
@@ -104,6 +105,7 @@ class Store {
             if (slot_[record] != NONE) continue;
             const int s = least_wanted();
             if (s == NONE) break;
+            if (wanted(s) > given_.wanted[record]) continue;
             give(s, record);
             slots_[s].expected = true;
             queue(s, ahead_);
@@ -145,6 +147,8 @@ class Store {
     int64_t& count(Figure which) { return given_.figures[which]; }
     uint8_t* data(int s) const { return given_.arena + s * given_.record_bytes; }
 
+    float wanted(int s) const { return slots_[s].record == NONE ? -1.0f : given_.wanted[slots_[s].record]; }
+
     // The slot to give away: none that is in use, expected or being read.
     int least_wanted() const {
         int best = NONE;
@@ -153,8 +157,7 @@ class Store {
             const auto& slot = slots_[s];
             const int state = state_[s];
             if (slot.in_use || slot.expected || state == QUEUED || state == READING) continue;
-            const float wanted = slot.record == NONE ? -1.0f : given_.wanted[slot.record];
-            if (wanted < least) least = wanted, best = s;
+            if (wanted(s) < least) least = wanted(s), best = s;
         }
         return best;
     }
