@@ -20,7 +20,7 @@ from anabranch.serving.native.library import Store as NativeStore
 from anabranch.serving.store.checkpoint import Checkpoint
 from anabranch.serving.store.records import ExpertShape, Records
 
-# Steps after which a step counts half in the forecast. From 8 to 4096 it hardly matters to a trained `tiny` (docs/log.md).
+# Steps after which a step counts half in the forecast; from 8 to 4096 alike for a trained `tiny` (docs/log.md).
 HALF_LIFE_STEPS = 64
 MIB = 1 << 20
 
