@@ -12,6 +12,8 @@ import math
 import os
 import platform
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -293,6 +295,15 @@ def mismatch(model: PreTrainedModel, sizes: Sizes) -> dict[str, float]:
     return {"mismatch_fast": fast, "mismatch_invariant": exact, "cpu_ms_per_token_invariant": cpu_ms}
 
 
+def two_ranks(out: Path) -> dict[str, Any]:
+    """The update on two ranks, with and without placement by the known routing: see recipes/two_ranks.py."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    told = out / "two_ranks.json"
+    command = [*launch, "-m", "recipes.two_ranks", str(out / "grpo"), str(told)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return json.loads(told.read_text())
+
+
 def machine() -> dict[str, Any]:
     """Whose figures these are."""
     info = Path("/proc/cpuinfo")
@@ -314,6 +325,9 @@ def show(report: dict[str, Any]) -> None:
     for name, before in report["before"].items():
         table.add_row(name, f"{before:.4g}", f"{report['after'][name]:.4g}")
     Console().print(table)
+    ranks = report["two_ranks"]
+    for way, ms in ranks["update_ms"].items():
+        Console().print(f"Update of two ranks, {way.replace('_', ' ')}: {ms:.1f} ms")
 
 
 def main(
@@ -347,6 +361,7 @@ def main(
         "pretrain_loss": learnt[-1]["loss"],
         "grpo_s": {name: sum(h[name] for h in history) for name in ("wall_s", "cpu_s")},
         "grpo_step": {name: fmean(h[name] for h in history) for name in history[0]},
+        "two_ranks": two_ranks(out),
         "grpo_solved": [h["solved"] for h in history],
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
