@@ -45,6 +45,7 @@ class StoreRun(NamedTuple):
 
 def bench_store(steps: int, quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
     """A row a model, batch and limit, as they are measured. steps: of the training of the trained model."""
+    quiet()
     config = RunConfig(model="tiny", steps=steps, out=str(folder / "trained"), save_every=0, eval_every=0)
     launch("train", config.to_dict(), config.ranks)
     models = [("tiny", f"trained {steps} steps on text", folder / "trained" / "model", "float32")]
