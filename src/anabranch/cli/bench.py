@@ -13,6 +13,7 @@ from rich.table import Table
 from anabranch.cli.bench_balance import BalanceBench
 from anabranch.cli.bench_codecs import bench_codecs
 from anabranch.cli.bench_generate import Model, bench_generate, require_vllm, train_small
+from anabranch.cli.bench_kv import bench_kv, train_tiny
 from anabranch.cli.bench_planner import bench_planner
 from anabranch.cli.bench_soak import bench_soak
 from anabranch.cli.bench_store import bench_store
@@ -220,6 +221,30 @@ def store(
             write_results(json_file, rows)
     columns = ("model", "weights", "batch", "model_mib", "limit_mib", "resident_mib", "equal", "tokens_per_s",
                "slow_down", "hit_rate", "late_rate", "mib_read_per_token", "wait_ms_per_token")  # fmt: skip
+    _report(rows, columns, json_file)
+
+
+@bench.command()
+@fails_clearly
+def kv(
+    model: Annotated[
+        Path | None, typer.Argument(help="folder of a trained model [default: `tiny`, trained now]")
+    ] = None,
+    json_file: JsonFile = None,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer steps and chains: under 3 minutes")] = False,
+    tokens: Annotated[int, typer.Option(min=640, help="tokens of a chain")] = 1024,
+) -> None:
+    """Each KV policy while decoding held-out text: KL to full KV, needles, bytes, chains, speed."""
+    require_json_file(json_file)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="anabranch-kv-bench-") as folder:
+        trained = model or train_tiny(60 if quick else 900, Path(folder) / "trained", tokens)
+        for row in bench_kv(trained, tokens, 4 if quick else 16):
+            rows.append(row)
+            # After each policy: an interruption keeps what was measured.
+            write_results(json_file, rows)
+    columns = ("policy", "kl", "kl_late", "same_best_token", "nll", "needles", "needles_found", "needle_nll",
+               "kv_bytes_per_token", "chains_4k_in_2_gib", "tokens_per_s")  # fmt: skip
     _report(rows, columns, json_file)
 
 
