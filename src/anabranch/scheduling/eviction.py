@@ -18,7 +18,7 @@ RECENT_PAGES = 4
 # Share of attention in a page's worth; the rest is how little it is like later pages.
 ATTENTION_SHARE = 0.5
 # Of a page's drawn attention, what a step leaves of the steps before.
-DECAY = 0.95
+DECAY = 0.8
 LEAST = 2 * (SINK_PAGES + RECENT_PAGES) * PAGE
 
 
