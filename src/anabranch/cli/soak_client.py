@@ -21,6 +21,8 @@ RUBBISH = (
     b'{"model": "soak", "prompt": "x", "colour": 1}',
 )
 REPLY_S = 120.0
+# Of an answer whose client leaves: more than it waits for.
+LEFT_TOKENS = 1500
 # A client waits so long on average between requests.
 PAUSE_S = 1.0
 
@@ -87,7 +89,8 @@ class Client:
         if action == "samples":
             body |= {"temperature": 1, "n": 4}
         if action.startswith("leave"):
-            body["n"], leave_s = 2, self._random.uniform(0, 1.0)
+            body |= {"n": 2, "max_tokens": LEFT_TOKENS}
+            leave_s = self._random.uniform(0, 1.0)
         content = json.dumps(body).encode()
         if action == "oversized":
             content = b" " * self._random.randint(self._limit + 1, 20 * self._limit)
