@@ -5,55 +5,40 @@
 #include <algorithm>
 #include <vector>
 
-#include "vector.h"
+#include "matrix.h"
 
 namespace anabranch {
 
-// `rows` rows of `inputs` numbers times a matrix [outputs][inputs].
+// `rows` rows of `inputs` numbers times a matrix [outputs][inputs], packed block by block as matrix.h reads it.
 class Product {
    public:
     void run(const float* x, const float* weights, float* out, int rows, int inputs, int outputs) {
-        packed_.resize(size_t(inputs) * WIDE);
-        for (int first = 0; first < outputs; first += WIDE) {
-            const int columns = std::min(WIDE, outputs - first);
+        packed_.resize(size_t(inputs) * BLOCK);
+        rows_.resize(rows);
+        for (int r = 0; r < rows; ++r) rows_[r] = x + int64_t{r} * inputs;
+        for (int first = 0; first < outputs; first += BLOCK) {
+            const int columns = std::min(BLOCK, outputs - first);
             pack(weights + int64_t{first} * inputs, inputs, columns);
-            int r = 0;
-            for (; r + TALL <= rows; r += TALL) tile<TALL>(x, out + first, r, inputs, outputs, columns);
-            for (; r < rows; ++r) tile<1>(x, out + first, r, inputs, outputs, columns);
+            multiply_block<F32>(reinterpret_cast<const uint8_t*>(packed_.data()), 0, inputs, rows_.data(), rows,
+                                [&](int r, const f32x16* sums) {
+                                    std::memcpy(out + int64_t{r} * outputs + first, sums, columns * sizeof(float));
+                                });
         }
     }
 
    private:
-    static constexpr int WIDE = 64, VECTORS = WIDE / LANES;
-#ifdef __AVX512F__
-    static constexpr int TALL = 6;  // 6 x 4 sums and 4 weights fit 32 registers
-#else
-    static constexpr int TALL = 2;
-#endif
-
     // Input by input, the block's outputs side by side; missing ones are zero.
     void pack(const float* weights, int inputs, int columns) {
         constexpr int STRIP = 16;  // inputs at once: a cache line of each output
         for (int from = 0; from < inputs; from += STRIP) {
             const int to = std::min(from + STRIP, inputs);
-            for (int n = 0; n < WIDE; ++n)
+            for (int n = 0; n < BLOCK; ++n)
                 for (int k = from; k < to; ++k)
-                    packed_[size_t(k) * WIDE + n] = n < columns ? weights[int64_t{n} * inputs + k] : 0.0f;
+                    packed_[size_t(k) * BLOCK + n] = n < columns ? weights[int64_t{n} * inputs + k] : 0.0f;
         }
     }
 
-    template <int M>
-    void tile(const float* x, float* out, int first, int inputs, int outputs, int columns) const {
-        f32x16 sums[M][VECTORS] = {};
-        const float* w = packed_.data();
-        x += int64_t{first} * inputs;
-        for (int k = 0; k < inputs; ++k, w += WIDE)
-            for (int m = 0; m < M; ++m)
-                for (int j = 0; j < VECTORS; ++j) sums[m][j] += load(w + j * LANES) * x[int64_t{m} * inputs + k];
-        for (int m = 0; m < M; ++m)
-            std::memcpy(out + int64_t{first + m} * outputs, sums[m], columns * sizeof(float));
-    }
-
+    std::vector<const float*> rows_;
     std::vector<float> packed_;
 };
 
