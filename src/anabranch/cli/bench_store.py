@@ -24,6 +24,7 @@ from anabranch.scheduling.scheduler import Limits
 from anabranch.serving.engine import MIB, Engine, EngineSettings
 from anabranch.serving.step.native import NativeStep
 from anabranch.serving.store.arena import StoreFigures
+from anabranch.telemetry.memory import peak_resident_bytes, resident_bytes
 from anabranch.training.config import RunConfig
 from anabranch.training.presets import presets
 
@@ -110,7 +111,7 @@ def _measure(run: StoreRun) -> dict[str, Any]:
         memory_limit_mib=run.limit_mib, store_folder=run.store_folder,
     )  # fmt: skip
     prompts = _prompts(Path(run.folder), run.batch)
-    before_bytes = _status_bytes("VmRSS")
+    before_bytes = resident_bytes()
     with Engine.from_folder(Path(run.folder), settings) as engine:
         assert isinstance(engine.step, NativeStep)
         started_s = time.perf_counter()
@@ -123,7 +124,7 @@ def _measure(run: StoreRun) -> dict[str, Any]:
             "store": None if engine.store is None else engine.store._asdict(),
             "weight_bytes": engine.step.weight_bytes,
             "before_bytes": before_bytes,
-            "peak_bytes": _status_bytes("VmHWM"),
+            "peak_bytes": peak_resident_bytes(),
         }
 
 
@@ -135,11 +136,6 @@ def _prompts(folder: Path, count: int) -> list[tuple[int, ...]]:
     else:
         ids = list(text.encode())
     return [tuple(ids[i * PROMPT_TOKENS : (i + 1) * PROMPT_TOKENS]) for i in range(count)]
-
-
-def _status_bytes(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) << 10
 
 
 def _random_model(folder: Path, quick: bool) -> Path:

@@ -19,6 +19,7 @@ from anabranch.scheduling.pages import PAGE, pages_of
 from anabranch.scheduling.sampling import Sampling
 from anabranch.scheduling.scheduler import Limits
 from anabranch.serving.engine import Engine, EngineSettings
+from anabranch.telemetry.memory import resident_bytes
 
 MIB = 1 << 20
 CHUNK = 512
@@ -71,7 +72,7 @@ def _ours_once(folder: Path, model: Any, case: GenerateCase) -> Rate:
             began_s = time.perf_counter()
             decoded = sum(len(engine.advance()) for _ in range(part))
             rates.append(decoded / (time.perf_counter() - began_s))
-        return _rate(rates, _resident_mib())
+        return _rate(rates, resident_bytes() / MIB)
 
 
 def _kv_mib(config: Any, case: GenerateCase, tokens: int) -> int:
@@ -114,7 +115,7 @@ def _difference(folder: Path, case: GenerateCase, run: Callable[[list[list[int]]
             began_s = time.perf_counter()
             run(mine, new_tokens)
             seconds.append(time.perf_counter() - began_s)
-    return rate_of_runs(case, took[1], took[case.new_tokens], _resident_mib())
+    return rate_of_runs(case, took[1], took[case.new_tokens], resident_bytes() / MIB)
 
 
 def rate_of_runs(case: GenerateCase, one_s: list[float], all_s: list[float], resident_mib: float) -> Rate:
@@ -126,12 +127,6 @@ def rate_of_runs(case: GenerateCase, one_s: list[float], all_s: list[float], res
 
 def _rate(rates: list[float], resident_mib: float) -> Rate:
     return Rate(statistics.median(rates), max(rates) / min(rates), resident_mib)
-
-
-def _resident_mib() -> float:
-    """Of this process, now."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
 
 ENGINES: dict[str, Callable[[Path, list[GenerateCase]], list[Rate]]] = {

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from anabranch.errors import BuildError, ConfigError
 from anabranch.scheduling.chain import Chain, End, Request
@@ -22,6 +22,7 @@ from anabranch.scheduling.scheduler import Part, Scheduler
 from anabranch.scheduling.speculation import Speculator
 from anabranch.serving.decoder import read_decoder
 from anabranch.serving.evictor import Evictor
+from anabranch.serving.loading import load_model
 from anabranch.serving.pools import KvShape, allocate, first_page
 from anabranch.serving.sampler import sample
 from anabranch.serving.settings import EngineSettings
@@ -100,7 +101,7 @@ class Engine:
         # int8 is made of the checkpoint's own numbers.
         dtype = None if settings.dtype in (None, "int8") else getattr(torch, settings.dtype)
         if settings.memory_limit_mib is None:
-            return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval(), settings)
+            return cls(load_model(folder, dtype), settings)
         checkpoint = Checkpoint(folder)
         return cls(checkpoint.skeleton(dtype), settings, checkpoint)
 

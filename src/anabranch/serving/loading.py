@@ -15,7 +15,7 @@ from transformers import (
 
 from anabranch.errors import CheckpointError, ConfigError
 
-DTYPES = {None: "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
+DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 
 
 class Loaded(NamedTuple):
@@ -41,11 +41,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def load(folder: Path, dtype: str | None) -> Loaded:
     """dtype: as in EngineSettings. Raises ConfigError without such a folder, CheckpointError for what it holds."""
     tokenizer = load_tokenizer(folder)
+    return Loaded(load_model(folder, DTYPES[dtype]), tokenizer, stop_tokens(folder, tokenizer))
+
+
+def load_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """In evaluation mode. dtype: None for the checkpoint's own. Raises CheckpointError for what the folder holds."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} holds no model to serve: {error}", setting="model") from error
-    return Loaded(model, tokenizer, stop_tokens(folder, tokenizer))
 
 
 def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

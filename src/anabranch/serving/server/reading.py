@@ -2,7 +2,7 @@
 
 import secrets
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -40,10 +40,10 @@ class Reader:
     def completion(self, content: bytes) -> Asked:
         """Of /v1/completions. Raises ApiError."""
         body = read_body(content, CompletionBody)
-        given = body.prompt
+        given: Any = body.prompt
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             given = [given]
-        prompts = [self._encode(p) if isinstance(p, str) else tuple(p) for p in given]  # type: ignore[arg-type]
+        prompts = [self._encode(p) if isinstance(p, str) else tuple(p) for p in given]
         return self._asked(body, prompts, body.logprobs is not None, COMPLETION_TOKENS)
 
     def chat(self, content: bytes) -> Asked:

@@ -1,6 +1,5 @@
 """The worker process: one engine, driven by messages."""
 
-import os
 import signal
 import time
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from anabranch.scheduling.chain import Chain
 from anabranch.serving.engine import Engine
 from anabranch.serving.server.messages import Cancel, Event, Failed, Ready, Refused, Stats, Submit, Tokens
 from anabranch.serving.settings import EngineSettings
+from anabranch.telemetry.memory import resident_bytes
 
 # Without a message for so long an idle engine checks its pages.
 IDLE_S = 0.05
@@ -128,8 +128,3 @@ class EngineLoop:
         if self._outbox:
             self._connection.send(self._outbox)
             self._outbox = []
-
-
-def resident_bytes() -> int:
-    """Memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
