@@ -1,0 +1,1 @@
+"""Chips, links and clusters as data files, each figure with its source. Torch-free."""
