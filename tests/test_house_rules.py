@@ -62,6 +62,7 @@ TEST_HELPERS = {
     "serving/toy_decoders.py": "toy models that the C++ step takes",
     "integrations/toy_models.py": "toy models of real families and the text they read",
     "serving/server/conftest.py": "real servers as processes, and the toy model they serve",
+    "workload/toy_configs.py": "a small config of every family of models",
     "training/starting.py": "a run on a rank, as `anabranch train` starts it",
 }
 TEST_FOLDERS = {"property", "distributed", "golden", "validation", "faults"}  # all others mirror a room
