@@ -35,3 +35,12 @@ def test_every_option_has_a_word_of_help(command):
     for line in options:
         words = line.strip("│ ").split("  ")
         assert len([word for word in words if word.strip()]) >= 2, line
+
+
+def test_the_command_line_itself_does_without_torch():
+    code = "import sys; import anabranch.cli.main, anabranch.cli.fail; print('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(SOURCES)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert ran.stdout == "False\n", ran.stderr

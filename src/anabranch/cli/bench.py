@@ -27,17 +27,22 @@ from anabranch.cli.cluster_grid import (
     quick_grid,
     verdict,
 )
+from anabranch.cli.device import quiet
 from anabranch.cli.fail import FAILED, fails_clearly
 from anabranch.cli.generate_cases import RANDOM, TRAINED, full_cases, quick_cases, vllm_cases, write_model
 from anabranch.cli.launch import launch
-from anabranch.cli.process import quiet, under_torchrun
+from anabranch.cli.process import under_torchrun
 from anabranch.cli.results import require_json_file, write_results
 from anabranch.errors import ConfigError, TraceError
 from anabranch.training.config import DTYPES
 from anabranch.transport.choose import require_transport
 from anabranch.workload.trace import load_trace
 
-bench = typer.Typer(help="Measure; every figure in the documentation comes from here.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure; every figure in the documentation comes from here.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 
 GENERATE_COLUMNS = (
     "model", "engine", "dtype", "kv_dtype", "batch", "samples", "prompt_tokens", "new_tokens", "tokens_per_s", "spread",

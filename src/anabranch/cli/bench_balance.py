@@ -24,7 +24,7 @@ from transformers import Qwen3MoeConfig
 from transformers.distributed.expert_parallel import AllToAllEP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from anabranch.cli.process import device
+from anabranch.cli.device import device
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.experts.grouped import experts_forward
 from anabranch.placement.base import Homes, Plan, max_over_mean

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 
 import anabranch
+from anabranch.cli.device import device
 from anabranch.cli.launch import launch
-from anabranch.cli.process import device
 from anabranch.integrations.transformers import NAME, AdaptiveSettings
 from anabranch.training.config import RunConfig
 from anabranch.training.presets import presets

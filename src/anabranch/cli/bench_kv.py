@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from anabranch.cli.device import quiet
 from anabranch.cli.launch import launch
-from anabranch.cli.process import quiet
 from anabranch.errors import DataError
 from anabranch.scheduling.chain import Chain, Request
 from anabranch.scheduling.eviction import LEAST

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from anabranch.cli.device import quiet
 from anabranch.cli.launch import launch
-from anabranch.cli.process import quiet
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.scheduler import Limits
 from anabranch.serving.engine import MIB, Engine, EngineSettings

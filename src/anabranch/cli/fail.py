@@ -1,12 +1,12 @@
 """How a command ends when something is wrong: one line, an exit code, no traceback."""
 
+import sys
 import time
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import typer
-from torch.distributed.elastic.multiprocessing import SignalException
 
 from anabranch.cli.process import say, speaks
 from anabranch.errors import AnabranchError, RankError
@@ -42,8 +42,15 @@ def fails_clearly(command: Callable[P, T]) -> Callable[P, T]:
             else:
                 time.sleep(SPEAKER_S)
             raise typer.Exit(FAILED if isinstance(error, RankDiedError) else USER_ERROR) from None
-        except (KeyboardInterrupt, SignalException):
+        except (KeyboardInterrupt, *_launcher_signals()):
             say("interrupted")
             raise typer.Exit(INTERRUPTED) from None
 
     return guarded
+
+
+def _launcher_signals() -> tuple[type[BaseException], ...]:
+    """What torch's launcher raises on a signal. Nothing raises it where that module is not loaded, and commands that
+    do without torch do not load it."""
+    launcher = sys.modules.get("torch.distributed.elastic.multiprocessing")
+    return () if launcher is None else (launcher.SignalException,)

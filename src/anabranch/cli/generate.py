@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from anabranch.cli.device import quiet
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.generation_display import GenerationDisplay, print_report
-from anabranch.cli.process import quiet, say
+from anabranch.cli.process import say
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.sampling import Sampling

@@ -9,8 +9,8 @@ import torch
 from anabranch.cli.bench_balance import bench_balance_rank
 from anabranch.cli.bench_cluster import bench_cluster_rank
 from anabranch.cli.bench_codecs import codec_gradients_rank
+from anabranch.cli.device import quiet
 from anabranch.cli.generate_engines import measure_rank
-from anabranch.cli.process import quiet
 from anabranch.cli.train import train_rank
 from anabranch.training.agreement import leave
 

@@ -22,7 +22,11 @@ from anabranch.lab.kernel import available, has_netem
 from anabranch.lab.ownership import clean
 from anabranch.lab.spec import LabSpec, parse_rate
 
-lab = typer.Typer(help="An emulated cluster: several nodes on this machine, as root.", no_args_is_help=True)
+lab = typer.Typer(
+    help="An emulated cluster: several nodes on this machine, as root.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 
 Nodes = Annotated[int, typer.Option(help="nodes")]
 RanksPerNode = Annotated[int, typer.Option(help="ranks on each node")]

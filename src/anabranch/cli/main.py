@@ -1,25 +1,55 @@
-"""The command line."""
+"""The command line. A command's module is imported when the command is asked for: `anabranch plan` needs no torch."""
 
+from importlib import import_module
+
+import click
 import typer
+from typer.core import TyperGroup
 
-from anabranch.cli.bench import bench
-from anabranch.cli.generate import generate
-from anabranch.cli.lab import lab
-from anabranch.cli.serve import serve
-from anabranch.cli.train import trace, train
+# name: module and attribute, a command or a group of commands.
+COMMANDS = {
+    "train": ("train", "train"),
+    "trace": ("train", "trace"),
+    "generate": ("generate", "generate"),
+    "serve": ("serve", "serve"),
+    "bench": ("bench", "bench"),
+    "lab": ("lab", "lab"),
+}
+
+
+class Commands(TyperGroup):
+    """The commands by name, loaded one by one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name]
+        found = getattr(import_module(f"anabranch.cli.{module}"), attribute)
+        if not isinstance(found, typer.Typer):
+            alone = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+            alone.command(cmd_name)(found)
+            found = alone
+        command = typer.main.get_command(found)
+        command.name = cmd_name
+        return command
+
 
 app = typer.Typer(
+    cls=Commands,
     help="Adaptive expert parallelism for Mixture-of-Experts models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command()(train)
-app.command()(trace)
-app.command()(generate)
-app.command()(serve)
-app.add_typer(bench, name="bench")
-app.add_typer(lab, name="lab")
+
+
+@app.callback()
+def anabranch() -> None:
+    """Adaptive expert parallelism for Mixture-of-Experts models."""
+
 
 if __name__ == "__main__":
     app()

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
+from anabranch.cli.device import quiet
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.generate import Dtype, EvictAbove, KvDtype, KvMemory, Model, Slots, Spill, Step, Threads
-from anabranch.cli.process import quiet, say
+from anabranch.cli.process import say
 from anabranch.errors import ConfigError
 from anabranch.scheduling.scheduler import Limits
 from anabranch.serving.settings import EngineSettings

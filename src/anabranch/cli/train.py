@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.cli.comparison import print_summaries
+from anabranch.cli.device import quiet
 from anabranch.cli.display import RunDisplay
 from anabranch.cli.fail import INTERRUPTED, fails_clearly
 from anabranch.cli.launch import launch
-from anabranch.cli.process import quiet, say, under_torchrun
+from anabranch.cli.process import say, under_torchrun
 from anabranch.costs.calibrate import Calibration
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.integrations.transformers import AdaptiveSettings
