@@ -7,9 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from anabranch.cli.bench import natural_trace
-from anabranch.cli.cluster_cases import NATURAL, ClusterCases
-from anabranch.cli.cluster_grid import full_grid, quick_grid, verdict
-from anabranch.cli.cluster_rows import policies
+from anabranch.cli.cluster_book import Book, code_version
+from anabranch.cli.cluster_cases import NATURAL, ClusterCases, workload_names
+from anabranch.cli.cluster_contest import next_round
+from anabranch.cli.cluster_grid import full_grid, quick_grid
+from anabranch.cli.cluster_rows import AUTO, IDEAL, TRANSFORMERS, Policy, policies
+from anabranch.cli.cluster_verdict import verdict
 from anabranch.cli.main import app
 from anabranch.errors import ConfigError
 from anabranch.lab.kernel import available
@@ -20,7 +23,7 @@ from anabranch.transport.choose import candidate_exchanges
 CASES = ClusterCases(4, 32, 8, 64, 2, 2.0, str(natural_trace("tiny8")))
 
 
-@pytest.mark.parametrize("workload", CASES.names())
+@pytest.mark.parametrize("workload", workload_names())
 def test_every_workload_routes_its_tokens_to_distinct_experts(workload):
     for step in (31, 35):
         layers = CASES.ids(workload, step)
@@ -96,6 +99,59 @@ def test_the_grid_can_be_narrowed():
         grid.only(["3x1"])
 
 
+THEIRS, AUTOS, BEST, NEAR, FAR, LOSSY, BOUND = (
+    Policy(TRANSFORMERS, Exchange("all_to_all")),
+    Policy(AUTO, None),
+    Policy("static", Exchange("dedup")),
+    Policy("exact", Exchange("dedup")),
+    Policy("bounded", Exchange("dedup")),
+    Policy("bounded", Exchange("dedup"), "int8"),
+    Policy(IDEAL, None),
+)
+
+
+def _contest(pace, most=8, noise=0.0):
+    """Rounds of each policy until nobody is measured any more. pace: step times."""
+    draw, times = np.random.default_rng(0), {policy: [] for policy in pace}
+    while taking_part := next_round(times, most):
+        for policy in taking_part:
+            times[policy].append(pace[policy] * (1 + noise * draw.uniform(-1, 1)))
+    return {policy: len(ms) for policy, ms in times.items()}
+
+
+def test_rounds_go_to_the_ratios_that_are_open():
+    pace = {THEIRS: 200.0, AUTOS: 101.0, BEST: 100.0, NEAR: 104.0, FAR: 140.0, LOSSY: 90.0, BOUND: 80.0}
+    assert _contest(pace) == {THEIRS: 3, AUTOS: 3, BEST: 3, NEAR: 3, FAR: 2, LOSSY: 2, BOUND: 3}
+    assert _contest({**pace, FAR: 300.0})[FAR] == 1
+    assert _contest({**pace, NEAR: 115.0})[NEAR] == 3
+    # As close to the limit of 1.05 as its noise: it is measured on, and who is not near the best is not.
+    open_ = _contest({**pace, AUTOS: 105.0, NEAR: 112.0}, most=6, noise=0.05)
+    assert (open_[AUTOS], open_[THEIRS], open_[BEST], open_[NEAR], open_[BOUND]) == (6, 6, 6, 3, 3)
+    assert _contest(pace, most=2) == dict.fromkeys(pace, 2)
+
+
+def test_an_interrupted_grid_goes_on(tmp_path):
+    file, settings = tmp_path / "cluster.json", {"tokens": 64, "rounds": 2}
+    spec = full_grid(2).labs[0]
+    cell = [_row(name, [100.0] * 2, [100.0] * 2) for name in ("transformers", "static", "auto")]
+    first = Book(file, settings)
+    first.add(cell)
+    held = json.loads(file.read_text())
+    assert held["rows"] == cell
+    assert (held["machine"]["tokens"], held["machine"]["code"]) == (64, code_version())
+    second = Book(file, settings)
+    assert second.rows == cell
+    assert "W2" not in quick_grid(2).missing(spec, second)
+    assert quick_grid(2).missing(spec, Book(None, settings)) == ["W0", "W2", NATURAL]
+    second.add([row | {"workload": "W0"} for row in cell])
+    assert quick_grid(2).missing(spec, Book(file, settings)) == [NATURAL]
+    with pytest.raises(ConfigError, match=r"json: .* measured with tokens 64; to keep them"):
+        Book(file, {**settings, "tokens": 128})
+    file.write_text("[]")
+    with pytest.raises(ConfigError, match=r"json: .* holds no cells"):
+        Book(file, settings)
+
+
 @pytest.mark.full
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(available() is not None, reason=f"no emulated cluster here: {available()}")
@@ -108,6 +164,11 @@ def test_a_real_one(tmp_path):
     assert result.exit_code == 0, result.output
     found = json.loads(file.read_text())
     assert len(found["rows"]) == 2 * 3 * 13
+    again = CliRunner().invoke(
+        app, ["bench", "cluster", "--quick", "--rounds", "2", "--tokens", "64", "--json", str(file)]
+    )
+    assert "6 of 6 cells" in again.output, again.output
+    assert json.loads(file.read_text()) == found
     wanted = {"topology", "inter_mbit", "workload", "policy", "transport", "codec", "step_ms_median", "predicted_ms",
               "speedup_vs_transformers", "percent_of_ideal", "inter_bytes", "intra_bytes"}  # fmt: skip
     assert wanted <= found["rows"][0].keys()

@@ -17,16 +17,9 @@ from anabranch.cli.bench_kv import bench_kv, train_tiny
 from anabranch.cli.bench_planner import bench_planner
 from anabranch.cli.bench_soak import bench_soak
 from anabranch.cli.bench_store import bench_store
-from anabranch.cli.cluster_grid import (
-    MODEL,
-    cases_of_model,
-    full_grid,
-    measure,
-    print_cells,
-    print_explained,
-    quick_grid,
-    verdict,
-)
+from anabranch.cli.cluster_book import Book
+from anabranch.cli.cluster_grid import MODEL, Measuring, cases_of_model, full_grid, measure, quick_grid
+from anabranch.cli.cluster_verdict import verdict
 from anabranch.cli.device import quiet
 from anabranch.cli.fail import FAILED, fails_clearly
 from anabranch.cli.generate_cases import RANDOM, TRAINED, full_cases, quick_cases, vllm_cases, write_model
@@ -109,28 +102,32 @@ def cluster(
     quick: Annotated[
         bool, typer.Option("--quick", help="under 5 minutes: one topology, three workloads")
     ] = False,
-    rounds: Annotated[int, typer.Option(min=2, help="measured rounds per policy")] = 5,
-    tokens: Annotated[int, typer.Option(min=64, help="tokens a rank")] = 256,
+    rounds: Annotated[
+        int, typer.Option(min=2, help="the most rounds of a cell; fewer where its ratios are clear before")
+    ] = 8,
+    tokens: Annotated[
+        int | None, typer.Option(min=64, help="tokens of each of 4 ranks [default: 512, 256 with --quick]")
+    ] = None,
     max_mean: Annotated[float, typer.Option(min=1.0, help="rank max/mean of the stress workloads")] = 2.0,
     topology: Annotated[list[str] | None, typer.Option(help="only this one, such as 2x2; repeatable")] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="show what auto chooses from, for one layer")
     ] = False,
 ) -> None:
-    """A whole model's step under every policy, on emulated nodes with shaped links; as root."""
+    """A whole model's step under every policy, on emulated nodes with shaped links; as root.
+
+    Cells that FILE of --json holds already are not measured again: an interrupted grid goes on where it was.
+    """
     require_json_file(json_file)
     grid = (quick_grid if quick else full_grid)(os.cpu_count() or 1).only(topology or [])
+    tokens = tokens or (256 if quick else 512)
     cases = cases_of_model(tokens, max_mean, natural_trace(MODEL))
-    about = {"tokens": tokens, "rounds": rounds, "model": MODEL}
-    rows: list[dict[str, Any]] = []
-    for more, explained in measure(grid, cases, rounds, slots=4, epsilon=0.05, explain=explain):
-        rows += more
-        # After each lab: an interruption keeps what was measured.
-        write_results(json_file, rows, about, verdict=asdict(verdict(rows)))
-        print_cells(more)
-        if explain:
-            print_explained(explained)
-    typer.echo(verdict(rows).text())
+    book = Book(json_file, {"tokens": tokens, "rounds": rounds, "max_mean": max_mean, "model": MODEL})
+    wanted = len(grid.labs) * len(grid.workloads)
+    if held := wanted - sum(len(grid.missing(spec, book)) for spec in grid.labs):
+        typer.echo(f"{held} of {wanted} cells are in {json_file} already")
+    measure(grid, cases, Measuring(rounds, slots=4, epsilon=0.05, explain=explain), book)
+    typer.echo(verdict(book.rows).text())
 
 
 @bench.command()

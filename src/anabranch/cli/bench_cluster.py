@@ -7,8 +7,10 @@ cost model that `auto` chooses by: the step without experts, measured once, plus
 Shape suffixes: S tokens of a rank, K experts a token, R ranks, E experts.
 """
 
+import json
 import statistics
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 import anabranch
 from anabranch.cli.cluster_cases import NATURAL, PAST, ClusterCases
+from anabranch.cli.cluster_contest import next_round
 from anabranch.cli.cluster_model import AdaptiveModel, StepModel
 from anabranch.cli.cluster_rows import AUTO, IDEAL, TRANSFORMERS, Policy, Reporter, Run, policies
 from anabranch.costs.call import CallModel
@@ -37,17 +40,21 @@ from anabranch.transport.base import Wires
 
 @dataclass(frozen=True)
 class ClusterBench:
-    """What one launch measures. folder: the model's initial weights. cpu: each rank's quota, None without."""
+    """What one launch measures.
 
-    folder: str
+    model: the folder of its initial weights. rounds: the most of one cell. folder: where each cell's rows are put down
+    as a file `cell-*.json`, and what was calibrated. cpu: each rank's quota, None without.
+    """
+
+    model: str
     cases: ClusterCases
     workloads: list[str]
     rounds: int
     slots: int
     epsilon: float
-    cache: str
+    explain: bool
+    folder: str
     cpu: float | None = None
-    explain: bool = False
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "ClusterBench":
@@ -55,13 +62,23 @@ class ClusterBench:
 
 
 def bench_cluster_rank(settings: dict[str, Any]) -> dict[str, Any]:
-    """The job of one rank. Returns {"rows": [...], "explained": [...]}, the same on every rank."""
+    """The job of one rank. Returns {"explained": [...]}; rows are put down by rank 0, cell by cell."""
     bench = ClusterBench.from_dict(settings)
     dist.init_process_group("gloo")
-    anabranch.enable(planner=AUTO, epsilon=bench.epsilon, slots=bench.slots, cache=bench.cache)
+    anabranch.enable(planner=AUTO, epsilon=bench.epsilon, slots=bench.slots, cache=bench.folder)
     measured = ClusterRank(bench)
-    rows = [row for workload in bench.workloads for row in measured.rows(workload)]
-    return {"rows": rows, "explained": measured.explained() if bench.explain else []}
+    for number, workload in enumerate(bench.workloads):
+        rows = measured.rows(workload)
+        if dist.get_rank() == 0:
+            _put_down(rows, Path(bench.folder) / f"cell-{number:03}.json")
+    return {"explained": measured.explained() if bench.explain else []}
+
+
+def _put_down(rows: list[dict[str, Any]], file: Path) -> None:
+    """Whole or not at all: the launcher takes what it sees."""
+    written = file.with_suffix(".tmp")
+    written.write_text(json.dumps(rows))
+    written.replace(file)
 
 
 class ClusterRank:
@@ -71,8 +88,8 @@ class ClusterRank:
         self.bench, self.cases = bench, bench.cases
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.homes = Homes.contiguous(bench.cases.experts, self.ranks)
-        self.theirs = StepModel(bench.folder, self.ranks, "all_to_all")
-        self.ours = AdaptiveModel(bench.folder, self.ranks)
+        self.theirs = StepModel(bench.model, self.ranks, "all_to_all")
+        self.ours = AdaptiveModel(bench.model, self.ranks)
         self.sizes = sorted({bench.cases.tokens // 2, bench.cases.tokens, 2 * bench.cases.tokens})
         # The first step measures what `auto` chooses by, the way a training run does.
         self.ours.step(self._even(bench.cases.tokens))
@@ -92,18 +109,20 @@ class ClusterRank:
         self.reporter = Reporter(bench.cases, self.homes, nodes, self.samples.row_bytes, bench.cpu)
 
     def rows(self, workload: str) -> list[dict[str, Any]]:
-        """One row a policy, after `rounds` interleaved rounds and one to warm up."""
+        """One row a policy, after interleaved rounds in which `next_round` says who takes part."""
         layers = {policy: self._layers(policy, workload) for policy in self.policies}
         runs = {policy: Run() for policy in self.policies}
         even, measured = self._even(self.cases.tokens), []
-        for turn in range(self.bench.rounds + 1):
-            routed = self.cases.ids(workload, PAST - 1 + turn)
+        while taking_part := next_round({p: run.step_ms for p, run in runs.items()}, self.bench.rounds):
+            turn = len(measured)
+            routed = self.cases.ids(workload, PAST + turn)
             ids, counts = self._tensors(routed), self.cases.counts(routed)
-            measured += [counts] if turn else []
-            first = turn % len(self.policies)
-            for policy in self.policies[first:] + self.policies[:first]:
-                run = Run() if turn == 0 else runs[policy]
-                self._once(policy, layers[policy], even if policy.name == IDEAL else ids, counts, run)
+            measured.append(counts)
+            first = turn % len(taking_part)
+            for policy in taking_part[first:] + taking_part[:first]:
+                self._once(
+                    policy, layers[policy], even if policy.name == IDEAL else ids, counts, runs[policy]
+                )
         return [self.reporter.row(workload, policy, runs, measured) for policy in self.policies]
 
     def explained(self) -> list[dict[str, Any]]:
@@ -197,7 +216,7 @@ class ClusterRank:
     def _median(self, step: Any, tokens: int) -> float:
         ids = self._even(tokens)
         step(ids)
-        return statistics.median(step(ids).step_ms for _ in range(5))
+        return statistics.median(step(ids).step_ms for _ in range(3))
 
     def _with_transformers(self, samples: Samples) -> Samples:
         """Their all_to_all as one more exchange: what a layer of theirs adds to the rest of the model."""

@@ -19,6 +19,11 @@ RAGGED = "W4"
 PAST = 32
 
 
+def workload_names() -> list[str]:
+    """All workloads."""
+    return [*WORKLOADS, NATURAL]
+
+
 @dataclass(frozen=True)
 class ClusterCases:
     """Sizes of what is routed. max_mean: wanted of the stress workloads, as near as each can come.
@@ -33,10 +38,6 @@ class ClusterCases:
     layers: int
     max_mean: float
     trace: str
-
-    def names(self) -> list[str]:
-        """All workloads."""
-        return [*WORKLOADS, NATURAL]
 
     def ids(self, workload: str, step: int) -> list[list[IntArray]]:
         """Top-k ids of one micro-batch: for each layer, one int64 (S, K) a rank. Each layer has hot experts of its

@@ -1,22 +1,20 @@
-"""`anabranch bench cluster`, the launching side: a lab for each topology and link, and the verdict over the grid."""
+"""`anabranch bench cluster`, the launching side: a lab for each topology and link, and all cells in it."""
 
 import json
-import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from anabranch.cli.bench_cluster import ClusterBench
-from anabranch.cli.cluster_cases import NATURAL, ClusterCases
+from anabranch.cli.cluster_book import Book
+from anabranch.cli.cluster_cases import NATURAL, ClusterCases, workload_names
+from anabranch.cli.cluster_verdict import Row, print_cells, print_explained
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lab.cluster import Lab
 from anabranch.lab.spec import LabSpec
@@ -25,7 +23,8 @@ from anabranch.training.presets import presets
 MODEL = "tiny8"
 INTRA_MBIT = 5_000.0
 QUICK_WORKLOADS = ["W0", "W2", NATURAL]
-Row = dict[str, Any]
+# Ranks whose tokens a rank are as asked; a lab of more ranks gives each fewer, so that all do the same work.
+USUAL_RANKS = 4
 
 
 class Grid(NamedTuple):
@@ -44,30 +43,18 @@ class Grid(NamedTuple):
                 )
         return Grid([s for s in self.labs if topology(s) in (topologies or known)], self.workloads)
 
+    def missing(self, spec: LabSpec, book: Book) -> list[str]:
+        """The workloads of one lab that were not measured yet."""
+        return [w for w in self.workloads if not book.holds(topology(spec), spec.inter_mbit, w)]
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the grid says of `auto`. Ratios of step times; a cell is one lab and one workload.
 
-    worst_vs_transformers, worst_vs_best_fixed: its time over theirs in the worst cell. median_speedup: over
-    cells of max/mean >= 1.5. prediction_error: median of |predicted / measured - 1| over all rows predicted.
-    """
+class Measuring(NamedTuple):
+    """How the cells of a grid are measured: what `ClusterBench` says of it, but for what each lab sets."""
 
-    cells: int
-    worst_vs_transformers: float
-    worst_vs_best_fixed: float
-    skewed_cells: int
-    median_speedup: float
-    prediction_error: float
-
-    def text(self) -> str:
-        """For people."""
-        return (
-            f"{self.cells} cells: auto takes at most {self.worst_vs_transformers:.3f} of transformers' time and "
-            f"{self.worst_vs_best_fixed:.3f} of the best fixed choice's; median speed-up {self.median_speedup:.2f} "
-            f"over {self.skewed_cells} cells of max/mean >= 1.5; predictions err by {self.prediction_error:.1%} "
-            "in the median"
-        )
+    rounds: int
+    slots: int
+    epsilon: float
+    explain: bool
 
 
 def topology(spec: LabSpec) -> str:
@@ -82,7 +69,7 @@ def full_grid(cores: int) -> Grid:
         for nodes, per_node in ((2, 2), (4, 1), (2, 4))
         for inter_mbit in (200.0, 1_000.0, None)
     ]
-    return Grid(labs, [])
+    return Grid(labs, workload_names())
 
 
 def quick_grid(cores: int) -> Grid:
@@ -90,27 +77,18 @@ def quick_grid(cores: int) -> Grid:
     return Grid(full_grid(cores).labs[:2], QUICK_WORKLOADS)
 
 
-class Measured(NamedTuple):
-    """One lab. explained: what `auto` chooses from, where asked."""
+def measure(grid: Grid, cases: ClusterCases, how: Measuring, book: Book) -> None:
+    """One lab after the other; each cell goes into the book, and is shown, as soon as it is measured.
 
-    rows: list[Row]
-    explained: list[Row]
-
-
-def measure(
-    grid: Grid, cases: ClusterCases, rounds: int, slots: int, epsilon: float, *, explain: bool
-) -> Iterator[Measured]:
-    """One lab after the other. Raises AnabranchError where a lab cannot be set up or a rank fails."""
+    Raises AnabranchError where a lab cannot be set up or a rank fails.
+    """
     with tempfile.TemporaryDirectory(prefix="anabranch-cluster-") as name:
         folder = Path(name)
         write_model(folder / "model")
         for number, spec in enumerate(grid.labs):
-            here = replace(cases, ranks=spec.ranks)
-            bench = ClusterBench(
-                str(folder / "model"), here, grid.workloads or here.names(), rounds, slots, epsilon,
-                str(folder / f"cache{number}"), spec.cpu, explain,
-            )  # fmt: skip
-            result = _in_lab(spec, folder / str(number), bench)
+            here = replace(
+                cases, ranks=spec.ranks, tokens=cases.tokens * USUAL_RANKS // max(USUAL_RANKS, spec.ranks)
+            )
             about = {
                 "topology": topology(spec),
                 "inter_mbit": spec.inter_mbit,
@@ -118,14 +96,22 @@ def measure(
                 "cpu": spec.cpu,
                 "ranks": spec.ranks,
                 "tokens": here.tokens,
-                "rounds": rounds,
             }
-            rows, explained = ([about | row for row in result[part]] for part in ("rows", "explained"))
-            yield Measured(rows, explained)
+            if workloads := grid.missing(spec, book):
+                own = folder / str(number)
+                bench = ClusterBench(str(folder / "model"), here, workloads, *how, str(own), spec.cpu)
+                result = _in_lab(spec, own, bench, lambda rows, about=about: _keep(rows, about, book))
+                if how.explain:
+                    print_explained([about | row for row in result["explained"]])
+
+
+def _keep(rows: list[Row], about: dict[str, Any], book: Book) -> None:
+    book.add([about | row for row in rows])
+    print_cells(book.rows[-len(rows) :])
 
 
 def cases_of_model(tokens: int, max_mean: float, trace: Path) -> ClusterCases:
-    """What MODEL is routed; each lab sets its ranks."""
+    """What MODEL is routed; each lab sets its ranks. tokens: of each of USUAL_RANKS ranks."""
     config: Any = presets()[MODEL].config
     experts, top_k, layers = config.num_experts, config.num_experts_per_tok, config.num_hidden_layers
     return ClusterCases(1, experts, top_k, tokens, layers, max_mean, str(trace))
@@ -137,12 +123,21 @@ def write_model(folder: Path) -> None:
     AutoModelForCausalLM.from_config(presets()[MODEL].config).save_pretrained(folder)
 
 
-def _in_lab(spec: LabSpec, folder: Path, bench: ClusterBench) -> dict[str, list[Row]]:
+def _in_lab(
+    spec: LabSpec, folder: Path, bench: ClusterBench, keep: Callable[[list[Row]], None]
+) -> dict[str, list[Row]]:
     folder.mkdir()
     job = folder / "job.json"
     job.write_text(json.dumps({"job": "bench_cluster", "settings": asdict(bench), "launcher": None}))
+
+    def collect() -> None:
+        for cell in sorted(folder.glob("cell-*.json")):
+            keep(json.loads(cell.read_text()))
+            cell.unlink()
+
     with Lab(spec) as lab:
-        status = lab.run([sys.executable, "-m", "anabranch.cli.rank", str(job)])
+        status = lab.run([sys.executable, "-m", "anabranch.cli.rank", str(job)], meanwhile=collect)
+    collect()
     if errors := sorted(folder.glob("error-*.json")):
         raise AnabranchError(json.loads(errors[0].read_text())["message"])
     if crashes := sorted(folder.glob("crash-*.json")):
@@ -150,89 +145,3 @@ def _in_lab(spec: LabSpec, folder: Path, bench: ClusterBench) -> dict[str, list[
     if status:
         raise AnabranchError(f"the ranks of the lab {spec} ended with {status}")
     return json.loads((folder / "result.json").read_text())
-
-
-def verdict(rows: Sequence[Row]) -> Verdict:
-    """Over all cells of `rows`."""
-    cells = _cells(rows)
-    skewed = [c.auto["speedup_vs_transformers"] for c in cells if c.theirs["max_mean_before"] >= 1.5]
-    errors = [
-        abs(r["predicted_ms"] / r["step_ms_median"] - 1.0) for r in rows if r["predicted_ms"] is not None
-    ]
-    return Verdict(
-        cells=len(cells),
-        worst_vs_transformers=max(1.0 / c.auto["speedup_vs_transformers"] for c in cells),
-        worst_vs_best_fixed=max(c.to_best for c in cells),
-        skewed_cells=len(skewed),
-        median_speedup=float(np.median(skewed)) if skewed else float("nan"),
-        prediction_error=float(np.median(errors)),
-    )
-
-
-def print_cells(rows: Sequence[Row]) -> None:
-    """A line for each cell: how `auto` did beside transformers and beside the best fixed choice."""
-    table = Table()
-    for column in ("topology", "inter", "workload", "max/mean", "transformers ms", "auto ms", "predicted", "speed-up",
-                   "of ideal", "best fixed", "auto / best", "chosen"):  # fmt: skip
-        table.add_column(
-            column, justify="left" if column in ("workload", "best fixed", "chosen") else "right"
-        )
-    for cell in _cells(rows):
-        auto, best = cell.auto, cell.best
-        table.add_row(
-            auto["topology"], str(auto["inter_mbit"]), auto["workload"], f"{auto['max_mean_before']:.2f}",
-            f"{cell.theirs['step_ms_median']:.0f}", f"{auto['step_ms_median']:.0f}", f"{auto['predicted_ms']:.0f}",
-            f"{auto['speedup_vs_transformers']:.2f}", f"{auto['percent_of_ideal']:.0f} %",
-            f"{best['policy']} {best['transport']}/{best['chunks']}", f"{cell.to_best:.2f}", auto["chosen"],
-        )  # fmt: skip
-    Console(width=None if os.isatty(1) else 200).print(table)
-
-
-def print_explained(rows: Sequence[Row]) -> None:
-    """One layer under natural routing: every candidate of `auto` with its predicted and measured time."""
-    columns = ("topology", "inter_mbit", "planner", "exchange", "guests", "predicted_ms", "measured_ms")
-    table = Table(
-        *columns, title="one layer under natural routing, forward and backward: what auto chooses from"
-    )
-    for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
-    Console(width=None if os.isatty(1) else 200).print(table)
-
-
-class _Cell(NamedTuple):
-    """One lab and one workload. best: the fastest fixed lossless row; to_best: auto's time over its."""
-
-    auto: Row
-    theirs: Row
-    best: Row
-    to_best: float
-
-
-def _cells(rows: Sequence[Row]) -> list[_Cell]:
-    grouped: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        grouped.setdefault((row["topology"], row["inter_mbit"], row["workload"]), []).append(row)
-    return [_cell(found) for found in grouped.values()]
-
-
-def _cell(rows: list[Row]) -> _Cell:
-    (auto,), (theirs,) = ([r for r in rows if r["policy"] == name] for name in ("auto", "transformers"))
-    fixed = [r for r in rows if r["policy"] not in ("auto", "ideal") and r["codec"] == "none"]
-    best = min(fixed, key=lambda row: row["step_ms_median"])
-    return _Cell(auto, theirs, best, _to_best(auto, fixed))
-
-
-def _to_best(auto: Row, fixed: list[Row]) -> float:
-    """auto's time over that of the best fixed choice, median over rounds.
-
-    The best is chosen by the other half of the rounds than those it is compared in: the smallest of a dozen noisy
-    medians is smaller than any of them truly is.
-    """
-    times = np.array([row["step_ms_rounds"] for row in fixed])
-    own = np.array(auto["step_ms_rounds"])
-    ratios: list[float] = []
-    for half in (slice(0, None, 2), slice(1, None, 2)):
-        others = np.delete(times, np.arange(times.shape[1])[half], axis=1)
-        best = int(np.median(others, axis=1).argmin())
-        ratios += (own[half] / times[best][half]).tolist()
-    return float(np.median(ratios))

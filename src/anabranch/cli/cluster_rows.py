@@ -38,6 +38,10 @@ class Run:
     seen: list[list[Observation]] = field(default_factory=list)
     predicted_ms: list[float] = field(default_factory=list)
 
+    @property
+    def step_ms(self) -> list[float]:
+        return [timed.step_ms for timed in self.timed]
+
 
 def policies(exchanges: Sequence[Exchange]) -> list[Policy]:
     """Everything compared: fixed planners over the exchange with the fewest rows, two of them over plain
@@ -73,11 +77,16 @@ class Reporter(NamedTuple):
     def row(
         self, workload: str, policy: Policy, runs: dict[Policy, Run], counts: list[list[IntArray]]
     ) -> dict[str, Any]:
-        """counts: of each round, of each layer. Collective: bytes are summed over ranks, which all return the same."""
+        """counts: of each round, of each layer; the policy took part in the first ones.
+
+        Collective: bytes are summed over ranks, which all return the same.
+        """
         run = runs[policy]
+        counts = counts[: len(run.timed)]
         return {
             "workload": workload,
             "policy": policy.name,
+            "rounds": len(run.timed),
             **self._what(policy, run),
             **self._balance(policy, run, counts),
             **self._times(policy, runs),
@@ -114,12 +123,12 @@ class Reporter(NamedTuple):
 
     def _times(self, policy: Policy, runs: dict[Policy, Run]) -> dict[str, Any]:
         """Ratios are taken within a round, where the machine's other load hit both sides alike, then their median."""
-        mine = _step_ms(runs[policy])
-        ratio = {
-            p.name: float(np.median(_step_ms(runs[p]) / mine))
-            for p in runs
-            if p.name in (TRANSFORMERS, IDEAL)
-        }
+        mine = np.array(runs[policy].step_ms)
+        ratio: dict[str, float] = {}
+        for other in (p for p in runs if p.name in (TRANSFORMERS, IDEAL)):
+            theirs = np.array(runs[other].step_ms)
+            common = min(mine.size, theirs.size)
+            ratio[other.name] = float(np.median(theirs[:common] / mine[:common]))
         low, high = np.percentile(mine, [25, 75])
         return {
             "step_ms_median": round(float(np.median(mine)), 1),
@@ -162,7 +171,3 @@ class Reporter(NamedTuple):
             "joules": round(float(np.median([t.joules for t in run.timed])), 3),
             "energy_source": run.timed[0].energy_source,
         }
-
-
-def _step_ms(run: Run) -> np.ndarray:
-    return np.array([t.step_ms for t in run.timed])

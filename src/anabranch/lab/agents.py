@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
@@ -72,8 +72,11 @@ class Job:
             f"--log-dir={self._records / f'.node{node}'}", "--no-python", *sit,
         ]  # fmt: skip
 
-    def wait(self, timeout_s: float | None) -> int:
-        """The exit status of the rank that failed first; 0 when all ranks have ended well, TIMED_OUT else."""
+    def wait(self, timeout_s: float | None, meanwhile: Callable[[], None]) -> int:
+        """The exit status of the rank that failed first; 0 when all ranks have ended well, TIMED_OUT else.
+
+        meanwhile: called every POLL_S.
+        """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             # Agents first: a rank's record is there before its agent can end.
@@ -86,6 +89,7 @@ class Job:
                 return 0
             if deadline_s is not None and time.monotonic() > deadline_s:
                 return TIMED_OUT
+            meanwhile()
             time.sleep(POLL_S)
 
     def _first_failure(self) -> int | None:

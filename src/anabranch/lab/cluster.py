@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -56,19 +56,24 @@ class Lab:
         self._open.close()
 
     def run(
-        self, command: list[str], env: Mapping[str, str] | None = None, *, timeout_s: float | None = None
+        self,
+        command: list[str],
+        env: Mapping[str, str] | None = None,
+        *,
+        timeout_s: float | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> int:
         """Run `command` on every rank under torchrun; its exit status, as a shell tells it.
 
         The first rank to fail gives the status and ends the others: they get SIGTERM, and SIGKILL 5 s later.
         env: variables beside this process's own. A command that takes longer than `timeout_s` ends with 124.
-        Ranks find the lab's shape in ANABRANCH_LAB.
+        meanwhile: called many times a second as long as it runs. Ranks find the lab's shape in ANABRANCH_LAB.
         """
         job = Job(self._hierarchy, self.name, self.spec, self._folder, self._runs)
         self._runs += 1
         try:
             job.start(command, env or {})
-            return job.wait(timeout_s)
+            return job.wait(timeout_s, meanwhile)
         finally:
             job.end()
 

@@ -1,0 +1,107 @@
+"""Cells of the cluster benchmark on disk: written one by one, so that an interrupted grid goes on where it was."""
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from anabranch.cli.cluster_verdict import Row, verdict
+from anabranch.cli.results import write_results
+from anabranch.errors import ConfigError
+
+# Where the code of a cell's measurement starts: one rank's job, and the lab it runs in.
+ENTRIES = ("anabranch.cli.bench_cluster", "anabranch.lab.cluster")
+
+
+def code_version() -> str:
+    """A digest of everything that ENTRIES import of this package, and of the versions of what they call."""
+    digest = hashlib.sha256()
+    for name in sorted(_closure()):
+        digest.update(name.encode() + _source(name).encode())
+    for package in ("torch", "transformers", "numpy"):
+        digest.update(f"{package} {version(package)}".encode())
+    return digest.hexdigest()[:12]
+
+
+class Book:
+    """The rows of one file, which only ever holds cells of one code version and one set of settings.
+
+    `rows` are those found there and those added. Raises ConfigError where the file holds other cells: figures
+    that may not be compared are never mixed, nor thrown away.
+    """
+
+    def __init__(self, json_file: Path | None, settings: dict[str, Any]) -> None:
+        self._file, self._settings = json_file, {**settings, "code": code_version()}
+        self.rows: list[Row] = []
+        if json_file is not None and json_file.exists():
+            self._take_up(json_file)
+
+    def _take_up(self, json_file: Path) -> None:
+        try:
+            held: Any = json.loads(json_file.read_text(encoding="utf-8"))
+            found, self.rows = {key: held["machine"].get(key) for key in self._settings}, list(held["rows"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{json_file} holds no cells of this benchmark ({error}); name another file", setting="json"
+            ) from error
+        other = [f"{key} {found[key]}" for key, value in self._settings.items() if found[key] != value]
+        if self.rows and other:
+            raise ConfigError(
+                f"{json_file} holds cells measured with {', '.join(other)}; to keep them name another file, or "
+                "remove it",
+                setting="json",
+            )
+
+    def holds(self, topology: str, inter_mbit: float | None, workload: str) -> bool:
+        """Whether this cell was measured already."""
+        return (topology, inter_mbit, workload) in self.cells()
+
+    def cells(self) -> set[tuple[str, float | None, str]]:
+        return {(row["topology"], row["inter_mbit"], row["workload"]) for row in self.rows}
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Keep the rows of one cell, and write them down."""
+        self.rows += rows
+        if self._file is not None:
+            # Whole or not at all: an interruption must not cost the cells before it.
+            beside = self._file.with_name(f".{self._file.name}.tmp")
+            write_results(beside, self.rows, self._settings, verdict=verdict(self.rows)._asdict())
+            beside.replace(self._file)
+
+
+def _closure() -> set[str]:
+    found: set[str] = set()
+    todo: list[str] = [*ENTRIES]
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += _imports(name)
+    return found
+
+
+def _imports(name: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(_source(name))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "anabranch")
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "anabranch":
+            yield node.module
+            inner = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (module for module in inner if _is_module(module))
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is no package
+        return False
+
+
+def _source(name: str) -> str:
+    spec = find_spec(name)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).read_text(encoding="utf-8")
