@@ -2,6 +2,7 @@
 
     AnabranchError(ValueError)      every mistake a user can make; the message names the setting and the remedy
     ├── ConfigError                 a setting is unknown, out of range, or contradicts another setting
+    │   └── CatalogError            a hardware file is malformed, or a figure of it cannot be
     ├── PlanError                   a placement plan cannot be carried out as configured
     ├── DataError                   training text is missing, unreadable or too small
     ├── CheckpointError             a checkpoint is of another model, another run, or incomplete
@@ -23,6 +24,10 @@ class AnabranchError(ValueError):
 
 class ConfigError(AnabranchError):
     """A setting is unknown, out of range, or contradicts another setting."""
+
+
+class CatalogError(ConfigError):
+    """A hardware file is malformed, or a figure of it cannot be. `setting` is the field's path in the file."""
 
 
 class PlanError(AnabranchError):

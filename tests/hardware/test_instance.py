@@ -1,5 +1,7 @@
 """Chips, links, instances and clusters answer from their figures, ranges kept."""
 
+from dataclasses import replace
+
 import pytest
 
 from anabranch.errors import ConfigError
@@ -21,7 +23,7 @@ CHIP = Chip(
 TORUS = Link("torus", figure(512.0, "GB/s"), 16, (4, 4))
 RACK = Link("ring", figure(128.0, "GB/s"), 64, (4,))
 NODE = Instance(
-    "toy.64", CHIP, 64, (TORUS, RACK), Link("switched", figure(25.0, "GB/s")), figure(1000.0, "W", 2000.0),
+    "toy.64", CHIP, 64, (TORUS, RACK), figure(25.0, "GB/s"), figure(1000.0, "W", 2000.0),
     {"on-demand": Price("on-demand", figure(10.0, "USD/h", 12.0), (figure(8.0, "USD/h"),))},
 )  # fmt: skip
 
@@ -39,7 +41,7 @@ def test_a_cluster_sums_up_its_nodes_and_keeps_ranges():
 def test_a_group_is_bound_by_the_outermost_level_it_crosses():
     cluster = Cluster(NODE, 2)
     assert [cluster.link(n) for n in (2, 16, 17, 64)] == [TORUS, TORUS, RACK, RACK]
-    assert cluster.link(65) is NODE.scale_out
+    assert cluster.link(65) == cluster.scale_out == Link("switched", figure(25.0, "GB/s"), 128)
     with pytest.raises(ConfigError, match="128"):
         cluster.link(129)
 
@@ -69,9 +71,12 @@ def test_forwarding_in_a_torus_takes_its_share_of_the_links(link, hops):
         ),
         (lambda: Cluster(NODE, 0), "nodes: 0"),
         (lambda: Cluster(Instance("pc", CHIP, 1, (), None), 2), "nodes: .*scale_out"),
-        (lambda: Link("star", figure(1.0, "GB/s")), "topology: 'star'"),
+        (lambda: Link("star", figure(1.0, "GB/s"), 4), "topology: 'star'"),
         (lambda: Link("torus", figure(1.0, "GB/s"), 16), "shape: "),
         (lambda: Link("switched", figure(1.0, "GB/s"), 16, (4, 4)), "shape: "),
+        (lambda: replace(NODE, scale_up=(RACK, TORUS)), "scale_up: .*4 of 1 are not 64"),
+        (lambda: replace(NODE, scale_up=(TORUS, TORUS)), "scale_up: a level of 16 chips on one of 16"),
+        (lambda: replace(NODE, chips=96), "chips: 96 .*domains of 64"),
     ],
 )
 def test_what_is_not_known_or_cannot_be_is_said(ask, told):

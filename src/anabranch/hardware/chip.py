@@ -16,7 +16,7 @@ class Chip:
 
     kind: its name in the catalog, "trainium2". family: whose efficiencies it shares, "trainium" or "hopper"; the
     key of calibration. peaks: dense TFLOP/s by precision, without sparsity; ask `peak_tflops`. power_w: the most it
-    draws. idle_w: what it draws without work. None where no source tells.
+    draws. idle_w: what it draws without work. None where no source tells. devices: what drivers call it.
     """
 
     kind: str
@@ -26,6 +26,7 @@ class Chip:
     memory_gb_per_s: Figure
     power_w: Figure | None = None
     idle_w: Figure | None = None
+    devices: tuple[str, ...] = ()
 
     @property
     def precisions(self) -> tuple[str, ...]:

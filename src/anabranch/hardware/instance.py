@@ -1,5 +1,6 @@
 """What one rents: an instance with its chips and links, and a cluster of them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -15,17 +16,30 @@ class Instance:
     """One unit of renting: a server, or a rack of servers that is rented whole.
 
     chips: how many of `chip`. scale_up: levels within the scale-up domain, innermost first; none for a single chip.
-    scale_out: between domains, and between instances; None where no source tells. overhead_w: what the node draws
-    beside its chips (processors, memory, cards, fans, losses) at full load.
+    scale_out_gb_per_s: what a chip sends to other domains and instances, while it receives as much, all chips at once;
+    None where no source tells. overhead_w: what the node draws beside its chips (processors, memory, cards, fans,
+    losses) at full load. Raises ConfigError where the levels do not fit together.
     """
 
     name: str
     chip: Chip
     chips: int
     scale_up: tuple[Link, ...]
-    scale_out: Link | None
+    scale_out_gb_per_s: Figure | None
     overhead_w: Figure | None = None
     prices: Mapping[str, Price] = field(default_factory=dict[str, Price], hash=False)
+
+    def __post_init__(self) -> None:
+        inner = 1
+        for link in self.scale_up:
+            if link.chips <= inner or link.chips % inner:
+                raise ConfigError(f"a level of {link.chips} chips on one of {inner}", setting="scale_up")
+            if link.shape and math.prod(link.shape) * inner != link.chips:
+                sizes = "x".join(map(str, link.shape))
+                raise ConfigError(f"{sizes} of {inner} are not {link.chips} chips", setting="scale_up")
+            inner = link.chips
+        if self.chips < 1 or self.chips % inner:
+            raise ConfigError(f"{self.chips} chips are no number of domains of {inner}", setting="chips")
 
     @property
     def domain(self) -> int:
@@ -54,7 +68,7 @@ class Cluster:
     def __post_init__(self) -> None:
         if self.nodes < 1:
             raise ConfigError(f"{self.nodes} given, must be at least 1", setting="nodes")
-        if self.nodes > 1 and self.instance.scale_out is None:
+        if self.nodes > 1 and self.instance.scale_out_gb_per_s is None:
             raise ConfigError(
                 f"nothing is known of the network between nodes of {self.instance.name}; give its scale_out in a "
                 "TOML file, or use one node",
@@ -74,14 +88,18 @@ class Cluster:
         """Chips in a scale-up domain."""
         return self.instance.domain
 
+    @property
+    def scale_out(self) -> Link | None:
+        """Between domains; None where nothing is known of it."""
+        rate = self.instance.scale_out_gb_per_s
+        return Link("switched", rate, self.chips) if rate else None
+
     def link(self, chips: int) -> Link:
         """The outermost level that a group of neighbouring chips crosses. Raises ConfigError where none does."""
-        levels = self.instance.scale_up
+        levels = (*self.instance.scale_up, *([self.scale_out] if self.scale_out else []))
         for level in levels:
             if chips <= level.chips:
                 return level
-        if self.instance.scale_out is not None and chips <= self.chips:
-            return self.instance.scale_out
         raise ConfigError(f"no link of {self} joins {chips} chips; it has {self.chips}", setting="chips")
 
     def price_per_hour(self, basis: str) -> Figure:

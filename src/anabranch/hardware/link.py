@@ -17,13 +17,13 @@ class Link:
     """One level, from the innermost outwards.
 
     gb_per_s: what a chip sends over all its links of this level, while it receives as much. chips: how many it joins,
-    those of inner levels counted; 0 for as many as there are. shape: sizes of a torus or ring, in units of the level
-    below it. Raises ConfigError naming the field.
+    those of inner levels counted. shape: sizes of a torus or ring, in units of the level below it. Raises ConfigError
+    naming the field.
     """
 
     topology: str
     gb_per_s: Figure
-    chips: int = 0
+    chips: int
     shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
