@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.errors import CatalogError, ConfigError
+from anabranch.hardware.assembly import figure_of
 from anabranch.hardware.catalog import load_catalog
 from anabranch.hardware.chip import PRECISIONS
 from anabranch.hardware.figure import CONFIDENCES, UNITS, Figure
-from anabranch.hardware.table import SHIPPED
+from anabranch.hardware.table import SHIPPED, Table, read_toml
 
 CATALOG = load_catalog()
 SHIPPED_FILES = sorted(SHIPPED.glob("*.toml"))
@@ -170,6 +171,7 @@ def test_a_price_replaced_takes_its_history_along(mine):
         ('chips.h100.memory = { value = 80, unit = "W" }', "chips.h100.memory.unit", "'W' is none of MiB, GiB"),
         ('chips.h100.memory = { value = "80", unit = "GiB" }', "chips.h100.memory.value", "'80' is not a number"),
         ('chips.h100.memory = { value = true, unit = "GiB" }', "chips.h100.memory.value", "True is not a number"),
+        ('chips.h100.memory = { value = 1' + 400 * "0" + ', unit = "GiB" }', "chips.h100.memory.value", "too large"),
         ('chips.h100.memory = { value = nan, unit = "GiB" }', "chips.h100.memory.value", "finite"),
         ('chips.h100.memory = { low = 9, high = 8, unit = "GiB" }', "chips.h100.memory.low", "9 is above high, 8"),
         ('chips.h100.memory = { low = 9, unit = "GiB" }', "chips.h100.memory.high", "missing"),
@@ -188,7 +190,7 @@ def test_a_price_replaced_takes_its_history_along(mine):
         ('instances.new.chip = "h100"', "instances.new.chips", "missing; give a whole number"),
         ('instances."p5.48xlarge".chip = "h10"', 'instances."p5.48xlarge".chip', "Did you mean h100?"),
         ('instances."p5.48xlarge".chips = 8.5', 'instances."p5.48xlarge".chips', "8.5 is not a whole number"),
-        ('instances."p5.48xlarge".chips = 0', 'instances."p5.48xlarge".chips', "0 must be at least 1"),
+        ('instances."p5.48xlarge".chips = 0', 'instances."p5.48xlarge".chips', "must be at least 1"),
         ('instances."p5.48xlarge".chips = 12', 'instances."p5.48xlarge".chips', "12 chips .* domains of 8"),
         ('instances."p5.48xlarge".prices.on-demand = { value = -3, unit = "USD/h" }',
          "prices.on-demand.value", "-3 must be finite and not negative"),
@@ -233,6 +235,7 @@ def test_a_file_that_is_not_there_is_told(mine):
         ("p5.48xlarge:0", "nodes: 0"),
         ("p5.48xlarge:", "cluster: "),
         ("p5.48xlarge:-1", "cluster: "),
+        ("p5.48xlarge:1" + 5000 * "0", "cluster: "),
         ("p5.48xlarge:four", "cluster: 'p5.48xlarge:four'"),
         ("", "instance: "),
     ],
@@ -264,7 +267,9 @@ def test_any_figure_comes_back_from_a_file(tmp_path_factory, figure):
         f"[figures.any]\nlow = {figure.low!r}\nhigh = {figure.high!r}\nunit = '{figure.unit}'\n"
         f"source = '{figure.source}'\nconfidence = '{figure.confidence}'\n{date}"
     )
-    assert load_catalog(file).figure("any") == figure.in_base()
+    table = Table({}, (), {})
+    table.add(read_toml(file), file)
+    assert figure_of(table.table("figures").table("any")) == figure.in_base()
 
 
 def test_precisions_are_named_as_all_over_the_project():

@@ -1,5 +1,6 @@
 """The catalog: chips, instances and single figures from the shipped TOML files and the user's own."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +46,7 @@ class Catalog:
     def cluster(self, text: str) -> Cluster:
         """Of "trn2.48xlarge:4" four such instances; of "trn2.48xlarge" one."""
         name, colon, nodes = text.partition(":")
-        if colon and not (nodes.isascii() and nodes.isdigit()):
+        if colon and not re.fullmatch("[0-9]{1,6}", nodes):
             raise ConfigError(f"{text!r}: write an instance and how many, trn2.48xlarge:4", setting="cluster")
         return Cluster(self.instance(name), int(nodes) if colon else 1)
 

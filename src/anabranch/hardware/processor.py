@@ -19,7 +19,7 @@ MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 # Square fp32 product: large enough for full speed (2 x 1024^3 = 2.1 GFLOP, 4 MiB a matrix).
 PRODUCT_ROWS = 1024
 # Copied bytes: beyond any cache, so that memory is measured.
-COPY_BYTES = 128 << 20
+COPY_BYTES = 64 << 20
 MEASURE_S = 0.25  # each of the two
 # Watts of a core under load, memory and fans left out: thermal design power over cores of server processors, from AMD
 # EPYC 9654 (360/96) to Intel Xeon 8375C (300/32); as in telemetry/energy.py.

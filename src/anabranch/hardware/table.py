@@ -17,7 +17,9 @@ Place = tuple[str, ...]
 SHIPPED = Path(__file__).parent / "catalog"
 DATE = re.compile(r"\d{4}(-\d\d){0,2}")
 BARE_KEY = re.compile(r"[\w-]+(\[\d+\])?")
-FIGURE = ("value", "low", "high", "unit", "source", "date", "confidence")
+AMOUNT = ("value", "low", "high", "unit")
+FIGURE = (*AMOUNT, "source", "date", "confidence")
+MOST = 1_000_000  # of anything that is counted
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -48,16 +50,12 @@ class Table:
         """Lays `other` over this table: fields of both come from `other`, figures as a whole."""
         for key, value in other.items():
             place, mine, theirs = (*self.place, key), _mapping(self.values.get(key)), _mapping(value)
-            if (
-                mine is not None
-                and theirs is not None
-                and not theirs.keys() & {"value", "low", "high", "unit"}
-            ):
-                Table(mine, place, self.files).add(theirs, file)
-            else:
+            if mine is None or theirs is None or theirs.keys() & AMOUNT:
                 self.values[key] = value
                 self.files.pop(place, None)  # so that it comes last
                 self.files[place] = file
+            else:
+                Table(mine, place, self.files).add(theirs, file)
 
     def file(self, place: Place | None = None) -> Path:
         """Who last wrote at `place` or below it, else who wrote the table around it."""
@@ -129,9 +127,15 @@ class Table:
 
     def count(self, key: str) -> int:
         count: int = self.get(key, int, "a whole number")
-        if count < 1:
-            raise self.error(key, f"{count} must be at least 1")
+        if not 1 <= count <= MOST:
+            raise self.error(key, f"must be at least 1 and at most {MOST}")
         return count
+
+    def number(self, key: str) -> float:
+        try:
+            return float(self.get(key, float, "a number"))
+        except OverflowError as error:  # a whole number of any length is TOML
+            raise self.error(key, "too large") from error
 
     def figure(self, key: str, unit: str, *, zero: bool = False) -> Figure:
         """The figure `key` in `unit`, whatever unit of its kind the file has; see `as_figure`."""
@@ -142,15 +146,14 @@ class Table:
     def as_figure(self, kind: str | None, *, zero: bool = False) -> Figure:
         """This table as a figure in the unit `kind`; None: in the unit that stands for its own. zero: it may be 0.
 
-        Raises CatalogError naming the field that is wrong.
-
-        In a user's own file `source` may be left out, it is then the file, and `confidence`, which is then "user".
+        Raises CatalogError naming the field that is wrong. In a user's own file `source` may be left out, it is then
+        the file, and `confidence`, which is then "user".
         """
         exact = "value" in self.values
         if exact and self.values.keys() & {"low", "high"}:
             raise self.error("value", "give value, or low and high, not both")
         names = ("value", "value") if exact else ("low", "high")
-        low, high = (float(self.get(name, float, "a number")) for name in names)
+        low, high = (self.number(name) for name in names)
         unit, origin = self.unit(kind), self.origin()
         with self.owning({"low": "value", "high": "value"} if exact else {}):
             figure = Figure(low, high, unit, *origin).in_base()
