@@ -6,8 +6,9 @@ SIZES: dict[str, object] = {
     "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 LATENT: dict[str, object] = {
-    "q_lora_rank": 20, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 10, "v_head_dim": 9,
+    "q_lora_rank": 20, "kv_lora_rank": 12, "qk_rope_head_dim": 8, "qk_nope_head_dim": 10, "v_head_dim": 9,
     "n_routed_experts": 6, "n_shared_experts": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 24,
+    "num_key_value_heads": 4, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 LOCAL: dict[str, object] = {"num_local_experts": 6}
 

@@ -1,10 +1,10 @@
 """Blocks of a transformer layer: their parameters, forward FLOPs of a token, and the numbers that backward needs.
 
 A FLOP count is of one token's forward pass; a multiply-add is two. Backward costs twice as much. Numbers are counted
-a token, in the precision of the activations; a number in fp32 beside bf16 counts as two. What is kept for backward
-follows Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1), with these differences: attention is a flash kernel
-(Dao 2023, arXiv:2307.08691), so no matrix of sequence x sequence exists; gated units keep both halves of their first
-product; dropout masks (a byte, so half a number) exist only where the model has dropout.
+a token, in the precision of the activations. What is kept for backward follows Korthikanti et al. 2022
+(arXiv:2205.05198, section 4.1), with these differences: attention is a flash kernel (Dao 2023, arXiv:2307.08691), so
+no matrix of sequence x sequence exists; gated units keep both halves of their first product; dropout masks (a byte,
+so half a number) exist only where the model has dropout.
 """
 
 from dataclasses import dataclass
@@ -27,6 +27,31 @@ class Kept(NamedTuple):
 
 
 NOTHING = Kept(0.0, 0.0)
+
+
+class Kernels(NamedTuple):
+    """How forward is computed, as far as it changes what is kept.
+
+    fused: RMSNorm and the gate of a feed-forward are one kernel each that keeps only its inputs, and the routing
+    weight multiplies the activated product, as in Megatron-Core. Otherwise they are the pieces of transformers'
+    modules: a norm keeps its input in fp32 and its normalised input, a gate its activated half, an expert its output.
+    number_bytes: of an activation.
+    """
+
+    fused: bool = True
+    number_bytes: float = 2.0
+
+    @property
+    def fp32(self) -> float:
+        """Numbers that one in fp32 counts for."""
+        return 4.0 / self.number_bytes
+
+    def norm(self, size: float) -> float:
+        """What an RMSNorm keeps beside its output."""
+        return size if self.fused else (self.fp32 + 1.0) * size
+
+
+FUSED = Kernels()
 
 
 @dataclass(frozen=True)
@@ -115,21 +140,22 @@ class Attention:
             return self.latent.kv_rank + self.latent.rope_dim
         return 2 * self.kv_heads * self.head_dim
 
-    def kept(self, hidden: int) -> Kept:
-        """Input of the norm and of the projections; queries, keys and values as the kernel reads them; its output and
-        its fp32 log-sum a head. Before these, the inputs of the norms inside attention.
+    def kept(self, hidden: int, kernels: Kernels) -> Kept:
+        """Input of the projections; queries, keys and values as the kernel reads them; its output, and its fp32
+        log-sum a head; what the norms inside attention keep.
 
         The latents and the norms on them are whole on every rank: only what is up-projected has heads.
         """
-        wide, heads = 2.0 * hidden, self.heads
-        split = heads * (self.head_dim + self.v_dim + 2.0)
+        queries, heads = self.heads * self.head_dim, self.heads
+        split = queries + heads * (self.v_dim + kernels.fp32)
         if self.latent is not None:
-            wide += 2.0 * (self.latent.q_rank or 0) + 2.0 * self.latent.kv_rank
-            return Kept(wide, split + heads * (self.head_dim + self.v_dim))
-        split += 2.0 * self.kv_heads * self.head_dim
-        if self.qk_norm != "none":
-            split += (heads + self.kv_heads) * self.head_dim
-        return Kept(wide, split)
+            latents = (self.latent.q_rank or 0) + self.latent.kv_rank
+            return Kept(
+                hidden + latents + kernels.norm(latents), split + heads * (self.head_dim + self.v_dim)
+            )
+        keys = self.kv_heads * self.head_dim
+        norms = 0.0 if self.qk_norm == "none" else kernels.norm(queries + keys)
+        return Kept(float(hidden), split + 2.0 * keys + norms)
 
 
 @dataclass(frozen=True)
@@ -151,13 +177,14 @@ class DenseFeedForward:
     def params(self, hidden: int) -> int:
         return self.weights(hidden) + (self.halves * self.width + hidden if self.bias else 0)
 
-    def kept_inside(self) -> float:
+    def kept_inside(self, kernels: Kernels) -> float:
         """The first products, and the activated product that the last matrix reads."""
-        return (self.halves + 1.0) * self.width
+        pieces = 1.0 if self.gated and not kernels.fused else 0.0
+        return (self.halves + 1.0 + pieces) * self.width
 
-    def kept(self, hidden: int) -> Kept:
-        """Input of the norm, input of the first matrices, and what is inside."""
-        return Kept(2.0 * hidden, self.kept_inside())
+    def kept(self, hidden: int, kernels: Kernels) -> Kept:
+        """Input of the first matrices, and what is inside."""
+        return Kept(float(hidden), self.kept_inside(kernels))
 
 
 @dataclass(frozen=True)
@@ -199,15 +226,14 @@ class Experts:
     def router_params(self, hidden: int) -> int:
         return self.count * (hidden + self.router_bias)
 
-    def kept(self, hidden: int) -> Kept:
-        """Of a token: inputs of the norm and of the block, the router's fp32 scores and chosen weights, and what is
-        inside the shared experts (their output too, where a gate multiplies it)."""
-        scores = 2.0 * (self.count + self.top_k)
+    def kept(self, hidden: int, kernels: Kernels) -> Kept:
+        """Of a token: the block's input, the router's fp32 scores and chosen weights, and what is inside the shared
+        experts (their output too, where a gate multiplies it)."""
+        scores = kernels.fp32 * (self.count + self.top_k)
         gate = hidden if self.shared_gate else 0
-        inside = self.shared.kept_inside() if self.shared_width else 0.0
-        return Kept(2.0 * hidden + scores + gate, inside)
+        return Kept(hidden + scores + gate, self.shared.kept_inside(kernels) if self.shared_width else 0.0)
 
-    def kept_row(self, hidden: int) -> Kept:
-        """Of a row (a token at one of its experts): the dispatched input and what is inside the expert. The routing
-        weight multiplies the activated product, so the row's output is not kept."""
-        return Kept(float(hidden), self.expert.kept_inside())
+    def kept_row(self, hidden: int, kernels: Kernels) -> Kept:
+        """Of a row (a token at one of its experts): the dispatched input, what is inside the expert, and the output
+        where the routing weight multiplies that."""
+        return Kept(hidden * (1.0 if kernels.fused else 2.0), self.expert.kept_inside(kernels))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from anabranch.workload.blocks import NOTHING, Attention, DenseFeedForward, Experts, Kept
+from anabranch.workload.blocks import FUSED, NOTHING, Attention, DenseFeedForward, Experts, Kept, Kernels
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -67,6 +67,9 @@ class Norms:
     bias: bool = False
 
 
+RMS_NORMS = Norms()
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a model. Layers without experts have the `dense` feed-forward.
@@ -82,7 +85,7 @@ class ModelShape:
     attention: Attention
     dense: DenseFeedForward | None = None
     experts: Experts | None = None
-    norms: Norms = Norms()
+    norms: Norms = RMS_NORMS
     tied: bool = False
     head_bias: bool = False
     positions: int = 0
@@ -221,27 +224,28 @@ class ModelShape:
         held = seq if window is None else min(seq, window)
         return ((self.layers - windowed) * seq + windowed * held) / self.layers
 
-    def kept_numbers(self, recompute: Recompute) -> KeptNumbers:
+    def kept_numbers(self, recompute: Recompute, kernels: Kernels = FUSED) -> KeptNumbers:
         """What forward keeps for backward (`anabranch.workload.blocks` names the sources).
 
         "selective" recomputes the core of attention. With a flash kernel that saves nothing: it keeps no scores, and
         its inputs and output stay. "full" keeps a layer's input, counted with its attention.
         """
-        hidden, mask = self.hidden, 0.5 * self.hidden if self.dropout else 0.0
-        # A norm on a block's output keeps that output.
-        extra = mask + (hidden if self.norms.per_layer == 4 else 0)
-        head = Kept(2.0 * hidden, 2.0 * self.vocab)
+        hidden = self.hidden
+        # LayerNorm is one kernel everywhere.
+        norm = float(hidden) if self.norms.bias else kernels.norm(hidden)
+        head = Kept(norm + hidden, kernels.fp32 * self.vocab)
         if recompute == "full":
-            layer_input = Kept(float(hidden), 0.0)
-            return KeptNumbers(layer_input, NOTHING, NOTHING, NOTHING, head, Kept(0.0, 0.0))
+            return KeptNumbers(Kept(float(hidden), 0.0), NOTHING, NOTHING, NOTHING, head, NOTHING)
+        # A block's input passes a norm, its output perhaps another and perhaps dropout.
+        around = norm * self.norms.per_layer / 2 + (0.5 * hidden if self.dropout else 0.0)
         experts = self.experts
         return KeptNumbers(
-            attention=_wider(self.attention.kept(hidden), extra),
-            dense=_wider(self.dense.kept(hidden), extra) if self.dense else NOTHING,
-            moe=_wider(experts.kept(hidden), extra) if experts else NOTHING,
-            row=experts.kept_row(hidden) if experts else NOTHING,
+            attention=_wider(self.attention.kept(hidden, kernels), around),
+            dense=_wider(self.dense.kept(hidden, kernels), around) if self.dense else NOTHING,
+            moe=_wider(experts.kept(hidden, kernels), around) if experts else NOTHING,
+            row=experts.kept_row(hidden, kernels) if experts else NOTHING,
             head=head,
-            mtp=Kept(4.0 * hidden, 0.0),
+            mtp=Kept(2.0 * norm + 2.0 * hidden, 0.0),
         )
 
 
