@@ -11,6 +11,7 @@ MOE = ModelShape(
     "qwen3_moe", 96, 64, 48, Attention(8, 4, 16), experts=Experts(12, 2, 36, tuple(range(48)))
 )  # fmt: skip
 DENSE = ModelShape("llama", 96, 64, 126, Attention(8, 4, 16), DenseFeedForward(112))
+SHARED = Experts(12, 2, 36, (0, 1, 2, 3), shared_width=36)
 RUN = {"seq_len": 128, "global_batch": 96}
 
 
@@ -39,6 +40,7 @@ def test_embedding_and_head_stand_for_layers_that_a_split_lacks(pp, vp, first, e
         ("pp", DENSE, {"pp": 100}),
         ("pp", DENSE, {"pp": 10}),
         ("vp", DENSE, {"vp": 2}),
+        ("vp", DENSE, {"pp": 9, "vp": 2}),
         ("tp", DENSE, {"tp": 3}),
         ("tp", ModelShape("llama", 96, 64, 4, Attention(12, 4, 16)), {"tp": 6}),
         ("tp", ModelShape("llama", 96, 64, 4, Attention(8, 4, 16), DenseFeedForward(44)), {"tp": 8}),
@@ -50,6 +52,7 @@ def test_embedding_and_head_stand_for_layers_that_a_split_lacks(pp, vp, first, e
         ("etp", MOE, {"etp": 8, "tp": 8}),
         ("ep", MOE, {"ep": 4, "dp": 6}),
         ("ep", MOE, {"ep": 4, "etp": 2, "dp": 4}),
+        ("tp", ModelShape("moe", 96, 64, 4, MOE.attention, experts=SHARED), {"tp": 8}),
     ],
 )
 def test_what_does_not_divide_is_named(setting, shape, layout):

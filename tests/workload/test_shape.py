@@ -8,8 +8,9 @@ from anabranch.workload.blocks import Attention, DenseFeedForward, Experts, Kern
 from anabranch.workload.hf_config import read_shape, shipped_shapes
 from anabranch.workload.shape import ModelShape, Norms
 
-# Numbers in the checkpoint's safetensors, as the hub tells them, and those among them that are no parameters: buffers
-# of router corrections (all of it for GLM: 46 routers of 128), scales of fp8 blocks for DeepSeek-V3.
+# Numbers in the checkpoint's safetensors, as the hub tells them, and those among them that are no parameters: router
+# corrections (all of it for GLM: 46 routers of 128), scales of fp8 blocks for DeepSeek-V3, and 1,728 and 3,416 numbers
+# of Moonlight and Kimi-K2 that are not identified.
 CHECKPOINTS = {
     "meta-llama/Llama-3.1-8B": (8_030_261_248, 0),
     "meta-llama/Llama-3.1-70B": (70_553_706_496, 0),

@@ -116,11 +116,19 @@ class Layout:
         _divides("cp", self.cp * self.tp, self.seq_len, f"seq_len {self.seq_len}, by cp x tp")
         _divides("micro_batch", self.dp * self.micro_batch, self.global_batch,
                  f"global_batch {self.global_batch}, by dp x micro_batch")  # fmt: skip
+        if self.vp > 1 and self.micro_batches % self.pp:
+            raise ConfigError(
+                f"interleaved stages take micro-batches in groups of pp = {self.pp}, not {self.micro_batches}: raise "
+                "global_batch, or set vp to 1",
+                setting="vp",
+            )
         if shape.experts is None:
             for field in ("ep", "etp"):
                 if getattr(self, field) != 1:
                     raise ConfigError("the model has no experts: set it to 1", setting=field)
             return
+        shared = shape.experts.shared_width
+        _divides("tp", self.tp, shared, f"shared experts of width {shared}")
         _divides("ep", self.ep, shape.experts.count, f"{shape.experts.count} experts")
         _divides("etp", self.etp, shape.experts.width, f"an expert of width {shape.experts.width}")
         ranks = self.chips // self.pp
