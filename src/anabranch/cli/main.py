@@ -1,8 +1,8 @@
 """The command line. A command's module is imported when the command is asked for: `anabranch plan` needs no torch."""
 
 from importlib import import_module
+from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -18,12 +18,12 @@ COMMANDS = {
 
 
 class Commands(TyperGroup):
-    """The commands by name, loaded one by one."""
+    """The commands by name, loaded one by one. Its contexts and commands are of the click that typer carries within."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
         module, attribute = COMMANDS[cmd_name]
