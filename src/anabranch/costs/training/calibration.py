@@ -6,7 +6,7 @@ prediction's interval is its deviation times the scores' quantile. They hold for
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -46,11 +46,17 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """scores: |log error| over deviation of runs that were predicted unseen, rising."""
+    """scores: |log error| over deviation of runs that were predicted unseen, rising. chip_scores: of runs that were
+    predicted without any run of their chip, for chips that have none."""
 
     efficiency: Efficiency
     residual: Residual
     scores: Column
+    chip_scores: Column
+
+    def has_run(self, chip: str) -> bool:
+        """Whether a run on this kind of chip was among the measured ones."""
+        return bool((self.residual.traits.chip == chip).any())
 
     def predict(self, setups: Sequence[Setup]) -> list[Prediction]:
         """One prediction a setup."""
@@ -58,7 +64,8 @@ class Calibration:
             return []
         base = np.log(self.efficiency.step_s(columns_of(setups), families_of(setups)))
         spread = self.residual.at(traits_of(setups))
-        return predictions(base + spread.mean, spread.deviation, self.scores)
+        known = np.array([self.has_run(setup.cluster.chip.kind) for setup in setups])
+        return predictions(base + spread.mean, spread.deviation, self.scores, self.chip_scores, known)
 
     def save(self, file: Path) -> None:
         """Everything but the measured runs themselves, which `load_calibration` reads again."""
@@ -68,13 +75,19 @@ class Calibration:
             "group": self.residual.group,
             "noise": self.residual.noise,
             "scores": self.scores.tolist(),
+            "chip_scores": self.chip_scores.tolist(),
         }
         file.write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
-def predictions(log_s: Column, deviation: Column, scores: Column) -> list[Prediction]:
-    """With the quantiles of `scores`; N each."""
-    wide80, wide90 = (quantile(scores, share) * deviation for share in (0.8, 0.9))
+def predictions(
+    log_s: Column, deviation: Column, scores: Column, chip_scores: Column, known: NDArray[np.bool_]
+) -> list[Prediction]:
+    """With the quantiles of `scores`, and of `chip_scores` where not `known`; N each."""
+    wide80, wide90 = (
+        np.where(known, quantile(scores, share), quantile(chip_scores, share)) * deviation
+        for share in (0.8, 0.9)
+    )
     return [
         Prediction(
             float(np.exp(mid)),
@@ -137,6 +150,17 @@ def folds(groups: NDArray[np.str_], count: int = FOLDS, seed: int = 0) -> Iterat
         yield Fold(np.flatnonzero(~unseen), np.flatnonzero(unseen))
 
 
+def without_each(rows: Sequence[Published], key: Callable[[Published], str]) -> list[Fold]:
+    """A fold for each `key` (a model, a chip): its rows unseen, and nothing of their leak groups seen."""
+    keys, groups = np.array([key(row) for row in rows]), np.array([row.leak_group for row in rows])
+    parts = list[Fold]()
+    for name in np.unique(keys):
+        unseen = keys == name
+        seen = ~unseen & ~np.isin(groups, groups[unseen])
+        parts.append(Fold(np.flatnonzero(seen), np.flatnonzero(unseen)))
+    return parts
+
+
 class Unseen(NamedTuple):
     """Of N runs, each predicted by a model that had not seen its group: log seconds, deviation, score, fold."""
 
@@ -151,8 +175,10 @@ def predict_unseen(rows: Sequence[Published], parts: Sequence[Fold]) -> Unseen:
     size = len(rows)
     log_s, deviation, fold = np.zeros(size), np.ones(size), np.zeros(size, dtype=np.intp)
     for number, part in enumerate(parts):
-        spread = fit([rows[i] for i in part.seen]).spread([rows[i].setup for i in part.unseen])
-        log_s[part.unseen], deviation[part.unseen], fold[part.unseen] = *spread, number
+        model = fit([rows[int(i)] for i in part.seen])
+        spread = model.spread([rows[int(i)].setup for i in part.unseen])
+        log_s[part.unseen], deviation[part.unseen] = spread
+        fold[part.unseen] = number
     error = np.abs(np.log([row.step_s for row in rows]) - log_s)
     return Unseen(log_s, deviation, error / deviation, fold)
 
@@ -165,7 +191,8 @@ def calibrate(rows: Sequence[Published]) -> Calibration:
             f"{len(np.unique(groups))} configurations, at least {MIN_GROUPS} are needed", setting="table"
         )
     unseen = predict_unseen(rows, list(folds(groups)))
-    return Calibration(*fit(rows), np.sort(unseen.score))
+    without = predict_unseen(rows, without_each(rows, lambda row: row.setup.cluster.chip.kind))
+    return Calibration(*fit(rows), np.sort(unseen.score), np.sort(without.score))
 
 
 def load_calibration(file: Path = SHIPPED, table: Path = TABLE) -> Calibration:
@@ -183,7 +210,7 @@ def load_calibration(file: Path = SHIPPED, table: Path = TABLE) -> Calibration:
         residual = residual_of(
             traits_of(setups), left, groups, np.array(kept["amplitudes"]), kept["group"], kept["noise"]
         )
-        return Calibration(efficiency, residual, np.array(kept["scores"]))
+        return Calibration(efficiency, residual, np.array(kept["scores"]), np.array(kept["chip_scores"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file}: {error}; make it with `anabranch calibrate`", setting="calibration"

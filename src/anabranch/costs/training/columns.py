@@ -189,9 +189,6 @@ def _layout_values(setup: Setup) -> tuple[float, ...]:
     numbers = (
         layout.tp, layout.pp, layout.vp, layout.ep, layout.etp, layout.cp, layout.dp,
         layout.micro_batch, layout.global_batch, layout.seq_len,
+        layout.recompute == "full", layout.recompute == "selective", layout.shard != "none", layout.shard == "full",
     )  # fmt: skip
-    return (
-        *(float(number) for number in numbers),
-        float(layout.recompute == "full"),
-        float(layout.shard == "full"),
-    )
+    return tuple(float(number) for number in numbers)

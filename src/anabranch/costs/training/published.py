@@ -14,7 +14,7 @@ from anabranch.errors import AnabranchError, DataError
 from anabranch.hardware.catalog import Catalog, load_catalog
 from anabranch.hardware.instance import Cluster
 from anabranch.workload.blocks import Attention, DenseFeedForward, Experts, Latent
-from anabranch.workload.layout import Layout
+from anabranch.workload.layout import Layout, Precision
 from anabranch.workload.shape import ModelShape
 
 HERE = Path(__file__).parent
@@ -207,7 +207,7 @@ def _sharded(row: dict[str, str]) -> bool:
     return fsdp not in ("", "0", "1", "no") or "FSDP" in row.get("framework", "")
 
 
-def _precision(row: dict[str, str]) -> str:
+def _precision(row: dict[str, str]) -> Precision:
     stated = row.get("precision", "").upper()
     return "fp4" if "FP4" in stated else "fp8" if "FP8" in stated else "bf16"
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import solve_triangular
 from scipy.optimize import minimize
 
 from anabranch.costs.training.traits import Traits
@@ -85,14 +85,15 @@ def fit_residual(traits: Traits, residuals: Matrix, groups: NDArray[np.str_]) ->
 
     def loss(logs: Matrix) -> tuple[float, Matrix]:
         scales = np.exp(logs)
-        kernel = np.tensordot(scales[:-1], parts, 1) + scales[-1] * np.eye(size)
-        factor = cho_factor(kernel, lower=True)
-        alpha = cho_solve(factor, residuals)
-        inverse = cho_solve(factor, np.eye(size))
-        slope = 0.5 * (inverse - np.outer(alpha, alpha))
+        kernel: Matrix = np.tensordot(scales[:-1], parts, 1) + scales[-1] * np.eye(size)
+        root = np.asarray(np.linalg.cholesky(kernel), dtype=np.float64)
+        half: Matrix = solve_triangular(root, np.eye(size), lower=True)
+        inverse: Matrix = half.T @ half
+        alpha: Matrix = inverse @ residuals
+        slope: Matrix = 0.5 * (inverse - np.outer(alpha, alpha))
         gradient = np.append(np.tensordot(parts, slope, 2), np.trace(slope)) * scales
         offset = (logs - means) / spreads
-        value = 0.5 * residuals @ alpha + np.log(np.diag(factor[0])).sum() + 0.5 * offset @ offset
+        value: float = 0.5 * residuals @ alpha + np.log(np.diag(root)).sum() + 0.5 * offset @ offset
         return float(value), gradient + offset / spreads
 
     found = minimize(loss, means, jac=True, method="L-BFGS-B", options={"maxiter": ITERATIONS})
@@ -113,5 +114,5 @@ def residual_of(
     kernel = (
         np.tensordot(amplitudes, terms(traits, traits), 1) + group * same + noise * np.eye(len(residuals))
     )
-    inverse = np.linalg.inv(kernel)
+    inverse = np.asarray(np.linalg.solve(kernel, np.eye(len(residuals))), dtype=np.float64)
     return Residual(traits, amplitudes, group, noise, inverse @ residuals, inverse)

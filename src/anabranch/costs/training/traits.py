@@ -28,7 +28,10 @@ class Traits(NamedTuple):
     switches_NC: NDArray[np.float64]
 
     def of(self, rows: NDArray[np.intp]) -> "Traits":
-        return Traits(*(column[rows] for column in self))
+        return Traits(
+            self.source[rows], self.software[rows], self.chip[rows], self.precision[rows],
+            self.layout_NA[rows], self.shape_NB[rows], self.switches_NC[rows],
+        )  # fmt: skip
 
 
 def traits_of(setups: Sequence[Setup]) -> Traits:

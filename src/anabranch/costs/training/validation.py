@@ -18,6 +18,7 @@ from anabranch.costs.training.calibration import (
     folds,
     predict_unseen,
     predictions,
+    without_each,
 )
 from anabranch.costs.training.columns import Column
 from anabranch.costs.training.published import Published
@@ -52,8 +53,9 @@ def cross_validate(rows: Sequence[Published], parts: Sequence[Fold] | None = Non
     scored: dict[int, Scored] = {}
     for number, part in enumerate(parts):
         others = unseen.score[unseen.fold != number]
-        made = predictions(unseen.log_s[part.unseen], unseen.deviation[part.unseen], others)
-        scored.update({i: score(rows[i], p) for i, p in zip(part.unseen.tolist(), made, strict=True)})
+        known = np.ones(len(part.unseen), dtype=np.bool_)
+        made = predictions(unseen.log_s[part.unseen], unseen.deviation[part.unseen], others, others, known)
+        scored.update({int(i): score(rows[int(i)], p) for i, p in zip(part.unseen, made, strict=True)})
     return [scored[i] for i in range(len(rows))]
 
 
@@ -67,13 +69,7 @@ def score_table(rows: Sequence[Published], shipped: Sequence[Published]) -> list
 
 def leave_out(rows: Sequence[Published], key: Callable[[Published], str]) -> list[Scored]:
     """Every row by a model that has seen none with the same `key` (a model, a chip) and none of its leak group."""
-    keys, groups = np.array([key(row) for row in rows]), np.array([row.leak_group for row in rows])
-    parts = list[Fold]()
-    for name in np.unique(keys):
-        unseen = keys == name
-        seen = ~unseen & ~np.isin(groups, groups[unseen])
-        parts.append(Fold(np.flatnonzero(seen), np.flatnonzero(unseen)))
-    return cross_validate(rows, parts)
+    return cross_validate(rows, without_each(rows, key))
 
 
 def constant_mfu(rows: Sequence[Published], known: Sequence[Published]) -> list[float]:
