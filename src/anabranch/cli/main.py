@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 COMMANDS = {
     "train": ("train", "train"),
     "trace": ("train", "trace"),
+    "calibrate": ("calibrate", "calibrate"),
     "generate": ("generate", "generate"),
     "serve": ("serve", "serve"),
     "bench": ("bench", "bench"),

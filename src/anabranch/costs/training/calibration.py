@@ -23,6 +23,7 @@ from anabranch.costs.training.traits import traits_of
 from anabranch.errors import DataError
 
 SHIPPED = Path(__file__).parent / "calibration.json"
+_SHIPPED_TABLE = "published"  # stands for `TABLE` in a file, wherever the package lies
 FOLDS = 10
 MIN_GROUPS = 20  # fewer configurations than these give no quantile worth its name
 
@@ -67,9 +68,10 @@ class Calibration:
         known = np.array([self.has_run(setup.cluster.chip.kind) for setup in setups])
         return predictions(base + spread.mean, spread.deviation, self.scores, self.chip_scores, known)
 
-    def save(self, file: Path) -> None:
-        """Everything but the measured runs themselves, which `load_calibration` reads again."""
+    def save(self, file: Path, tables: Sequence[Path] = (TABLE,)) -> None:
+        """All but the measured runs: `load_calibration` reads those again from `tables`, which must stay."""
         kept = {
+            "tables": [_SHIPPED_TABLE if table == TABLE else str(table.absolute()) for table in tables],
             "efficiency": self.efficiency._asdict(),
             "amplitudes": self.residual.amplitudes.tolist(),
             "group": self.residual.group,
@@ -130,8 +132,7 @@ def fit(rows: Sequence[Published]) -> Model:
     weights = np.array([1.0 / (groups == group).sum() for group in groups])
     columns, families = columns_of(setups), families_of(setups)
     efficiency = fit_efficiency(columns, families, measured_s, weights)
-    left = np.log(measured_s / efficiency.step_s(columns, families))
-    return Model(efficiency, fit_residual(traits_of(setups), left, groups))
+    return Model(efficiency, fit_residual(traits_of(setups), _left_over(efficiency, rows), groups))
 
 
 class Fold(NamedTuple):
@@ -195,23 +196,32 @@ def calibrate(rows: Sequence[Published]) -> Calibration:
     return Calibration(*fit(rows), np.sort(unseen.score), np.sort(without.score))
 
 
-def load_calibration(file: Path = SHIPPED, table: Path = TABLE) -> Calibration:
-    """What `Calibration.save` wrote, with the runs of `table` that it was fitted on.
-
-    Raises DataError where the file is none of ours.
-    """
-    rows, _ = read_published(table)
-    setups, groups = [row.setup for row in rows], np.array([row.leak_group for row in rows])
+def load_calibration(file: Path = SHIPPED) -> Calibration:
+    """What `Calibration.save` wrote. Raises DataError where the file is none of ours or a table of its runs is gone."""
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
+        tables = [TABLE if name == _SHIPPED_TABLE else Path(name) for name in kept["tables"]]
+        rows = [row for table in tables for row in read_published(table)[0]]
         efficiency = Efficiency(**kept["efficiency"])
-        columns, families = columns_of(setups), families_of(setups)
-        left = np.log(np.array([row.step_s for row in rows]) / efficiency.step_s(columns, families))
+        left = _left_over(efficiency, rows)
         residual = residual_of(
-            traits_of(setups), left, groups, np.array(kept["amplitudes"]), kept["group"], kept["noise"]
+            traits_of([row.setup for row in rows]),
+            left,
+            np.array([row.leak_group for row in rows]),
+            np.array(kept["amplitudes"]),
+            kept["group"],
+            kept["noise"],
         )
         return Calibration(efficiency, residual, np.array(kept["scores"]), np.array(kept["chip_scores"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file}: {error}; make it with `anabranch calibrate`", setting="calibration"
         ) from error
+
+
+def _left_over(efficiency: Efficiency, rows: Sequence[Published]) -> Column:
+    """Logarithm of measured seconds over the formula's."""
+    setups = [row.setup for row in rows]
+    return np.log(
+        np.array([row.step_s for row in rows]) / efficiency.step_s(columns_of(setups), families_of(setups))
+    )

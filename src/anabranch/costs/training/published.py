@@ -218,7 +218,7 @@ def _software(row: dict[str, str]) -> Software:
     stated, again = row.get("precision", "").upper(), row.get("recompute", "").lower()
     family = row.get("framework", "")
     return Software(
-        family=re.sub(r"[^a-z0-9]+", "-", family.lower()).strip("-"),
+        family=_family(family),
         source=re.split(r"[,(]| container| perf", row.get("source", ""))[0].strip().lower(),
         dispatcher="deduplicated" if "deepep" in route or "hybridep" in route else "all_to_all",
         expert_overlap=re.search(r"overlap(=true| on)|a2a overlap|\+ .*overlap|, ep overlap$", route)
@@ -238,6 +238,13 @@ def _software(row: dict[str, str]) -> Software:
         packed="sft" in notes or "lora" in notes,
         recomputed=frozenset(part for part in ("mlp", "norm", "act") if part in again),
     )
+
+
+def _family(framework: str) -> str:
+    """ "Megatron-Bridge/MCore" and "Megatron-Bridge" are one trainer, "NxD / NeMo-Megatron" is nxd."""
+    name = re.sub(r"[^a-z0-9]+", "-", framework.lower()).strip("-")
+    known = ("megatron-bridge", "nxd", "torchtitan", "megatron-lm", "megatron-deepspeed", "megascale")
+    return next((family for family in known if name.startswith(family)), name)
 
 
 # How tables name hardware, as the start of a name, and the instance of the catalog or of `SYSTEMS` that it is.
