@@ -89,6 +89,7 @@ def _published(name: str, row: dict[str, str], catalog: Catalog) -> Published:
     cluster = _cluster(row, catalog)
     shape, layout = _shape(row), _layout(row)
     setup = Setup(shape, cluster, layout, _software(row))
+    cluster.chip.peak_tflops(layout.precision)  # raises where the chip has none
     quantity = next((column for column in QUANTITIES if row.get(column)), None)
     if quantity is None:
         raise DataError("it states neither step time, tokens nor FLOP/s", setting="step_time_s")
