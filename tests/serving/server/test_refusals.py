@@ -1,5 +1,7 @@
 """What is not answered is refused clearly, in the shape of OpenAI's errors."""
 
+import socket
+
 import openai
 import pytest
 from typer.testing import CliRunner
@@ -137,6 +139,19 @@ def test_a_large_body(tight_server):
     for body in (b"x" * 4001, b"x" * 8_000_000, in_pieces):
         answer = tight_server.post(body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_a_refusal_arrives_although_the_body_was_not_wanted(tight_server):
+    """Refused by its head alone: the client is still sending megabytes when the answer is written."""
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {tight_server.key}\r\n"
+        "Content-Type: text/plain\r\nContent-Length: 8000000\r\n\r\n"
+    )
+    port = int(tight_server.url.rsplit(":", 1)[1])
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(head.encode() + b"x" * 8_000_000)
+            assert connection.recv(100).startswith(b"HTTP/1.1 415")
 
 
 @pytest.mark.parametrize(

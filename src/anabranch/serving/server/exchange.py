@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from anabranch.serving.server.metrics import Metrics
 from anabranch.serving.server.reading import Asked, Reader
 from anabranch.serving.server.refusal import ApiError
 
-# A body that is too large is read on so far, so that its client reads the refusal and not a broken pipe.
+# The body of a refused request is read on so far, so that its client reads the refusal and not a broken pipe.
 DISCARDED_BYTES = 32 << 20
 CLIENT_LEFT = 499  # of metrics only; nginx's number
 
@@ -51,7 +51,7 @@ class Exchange(Response):
     def __init__(self, front: Front, read: Callable[[bytes], Asked], format: type[Format]) -> None:
         super().__init__()
         self._front, self._read, self._format = front, read, format
-        self._started = False
+        self._started = self._received = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun_s, status = time.monotonic(), 200
@@ -73,6 +73,8 @@ class Exchange(Response):
                     await _while_connected(receive, self._answer(content, scope, receive, sent))
             except ApiError as error:
                 status = error.status
+                if not self._received:
+                    await self._discard(receive)
                 await self._refuse(error, scope, receive, sent)
         except ClientLeftError:
             status = CLIENT_LEFT
@@ -96,11 +98,26 @@ class Exchange(Response):
                         content += message.get("body", b"")
                     if not message.get("more_body"):
                         break
+                self._received = True
         except TimeoutError:
+            self._received = True  # no more of it is waited for
             raise ApiError(408, "the body did not arrive in time", code="timeout") from None
         if length > limit:
             raise ApiError(413, f"the body may have {limit} bytes", code="body_too_large")
         return bytes(content)
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read a body that is refused unread, to its end or `DISCARDED_BYTES`; a slow client gets its refusal first."""
+        length = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._front.settings.client_s):
+                while length <= DISCARDED_BYTES:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientLeftError
+                    length += len(message.get("body", b""))
+                    if not message.get("more_body"):
+                        return
 
     async def _answer(self, content: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         front, loop = self._front, asyncio.get_running_loop()
