@@ -4,7 +4,7 @@ A micro-batch is drawn from the popularity of experts, each source rank's rows m
 that a run plans with. Shape suffixes: D draws of one layer, R ranks of one expert-parallel group, E experts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -15,6 +15,8 @@ from anabranch.errors import ConfigError
 from anabranch.placement.base import Homes, IntArray, Plan, Planner, max_over_mean
 from anabranch.placement.policy import make_planner
 from anabranch.simulator.histogram import FloatArray, Histogram, natural_histogram
+from anabranch.workload.layout import Layout
+from anabranch.workload.shape import ModelShape
 
 # Micro-batches drawn of each layer. With 4096 tokens a rank, max/mean of draws differs by 0.3 to 0.6 %.
 DRAWS = 4
@@ -28,6 +30,14 @@ class Group(NamedTuple):
     ranks: int
     tokens: int
     top_k: int
+
+    @classmethod
+    def of(cls, shape: ModelShape, layout: Layout) -> "Group":
+        """A rank is `etp` chips; sequence parallelism divides tokens among all. Raises ConfigError without experts."""
+        if shape.experts is None:
+            raise ConfigError(f"{shape.family} has no experts to be skewed", setting="model")
+        tokens = layout.micro_batch * layout.seq_len * layout.etp // (layout.cp * layout.tp)
+        return cls(layout.ep, max(1, tokens), shape.experts.top_k)
 
 
 @dataclass(frozen=True)
@@ -68,10 +78,11 @@ class Placed:
     @property
     def lent(self) -> float:
         """Copies that the busiest rank sends or receives, whichever is more; mean over draws."""
-        return float(np.mean([_busiest_copies(plan) for plan in self.plans]))
+        return float(np.mean([busiest_copies(plan) for plan in self.plans]))
 
 
-def _busiest_copies(plan: Plan) -> int:
+def busiest_copies(plan: Plan) -> int:
+    """Copies that one rank sends or receives at most."""
     homes, ranks = plan.homes.rank_E, plan.homes.ranks
     lent_R = np.bincount(homes, weights=plan.guest_RE.sum(axis=0), minlength=ranks)
     return int(max(lent_R.max(), plan.guest_RE.sum(axis=1).max()))
@@ -126,10 +137,11 @@ def rank_skew(
     popularity = (histogram or natural_histogram(experts)).resampled(experts)
     policy = policy or Policy()
     return {
-        ranks: _mean_skew(place(popularity, Group(ranks, tokens, top_k), policy)) if ranks > 1 else 1.0
+        ranks: mean_skew(place(popularity, Group(ranks, tokens, top_k), policy)) if ranks > 1 else 1.0
         for ranks in degrees
     }
 
 
-def _mean_skew(placed: list[Placed]) -> float:
-    return float(np.mean([layer.max_mean for layer in placed]))
+def mean_skew(placed: Sequence[Placed]) -> float:
+    """Max/mean, the mean over layers: by so much longer does a step spend in experts. 1.0 where nothing is placed."""
+    return float(np.mean([layer.max_mean for layer in placed])) if placed else 1.0
