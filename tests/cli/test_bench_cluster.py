@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from anabranch.cli.bench import natural_trace
 from anabranch.cli.cluster_book import Book, code_version
 from anabranch.cli.cluster_cases import NATURAL, ClusterCases, workload_names
-from anabranch.cli.cluster_contest import next_round
+from anabranch.cli.cluster_contest import Record, next_round
 from anabranch.cli.cluster_grid import full_grid, quick_grid
 from anabranch.cli.cluster_rows import AUTO, IDEAL, TRANSFORMERS, Policy, policies
 from anabranch.cli.cluster_verdict import verdict
@@ -110,13 +110,14 @@ THEIRS, AUTOS, BEST, NEAR, FAR, LOSSY, BOUND = (
 )
 
 
-def _contest(pace, most=8, noise=0.0):
-    """Rounds of each policy until nobody is measured any more. pace: step times."""
-    draw, times = np.random.default_rng(0), {policy: [] for policy in pace}
-    while taking_part := next_round(times, most):
+def _contest(pace, most=8, noise=0.0, same=()):
+    """Rounds of each policy until nobody is measured any more. pace: step times. same: who run one program."""
+    draw, records = np.random.default_rng(0), {policy: Record([], []) for policy in pace}
+    while taking_part := next_round(records, most):
         for policy in taking_part:
-            times[policy].append(pace[policy] * (1 + noise * draw.uniform(-1, 1)))
-    return {policy: len(ms) for policy, ms in times.items()}
+            records[policy].step_ms.append(pace[policy] * (1 + noise * draw.uniform(-1, 1)))
+            records[policy].program.append(same if policy in same else policy)
+    return {policy: len(record.step_ms) for policy, record in records.items()}
 
 
 def test_rounds_go_to_the_ratios_that_are_open():
@@ -128,6 +129,15 @@ def test_rounds_go_to_the_ratios_that_are_open():
     open_ = _contest({**pace, AUTOS: 105.0, NEAR: 112.0}, most=6, noise=0.05)
     assert (open_[AUTOS], open_[THEIRS], open_[BEST], open_[NEAR], open_[BOUND]) == (6, 6, 6, 3, 3)
     assert _contest(pace, most=2) == dict.fromkeys(pace, 2)
+
+
+def test_one_program_is_measured_once_and_auto_may_run_it():
+    pace = {THEIRS: 200.0, AUTOS: 105.0, BEST: 100.0, NEAR: 100.5, FAR: 102.0}
+    noisy = _contest(pace, noise=0.05, same=(NEAR, BEST))
+    assert noisy[NEAR] == 2 < noisy[BEST] == noisy[AUTOS]
+    alone = {policy: pace[policy] for policy in (THEIRS, AUTOS, BEST)}
+    assert _contest(alone, noise=0.05)[AUTOS] > 3
+    assert _contest(alone, noise=0.05, same=(AUTOS, BEST))[AUTOS] == 3
 
 
 def test_an_interrupted_grid_goes_on(tmp_path):

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import anabranch
-from anabranch.cli.cluster_cases import NATURAL, PAST, ClusterCases
-from anabranch.cli.cluster_contest import next_round
+from anabranch.cli.cluster_cases import CHANGES, CHANGING, NATURAL, PAST, ClusterCases
+from anabranch.cli.cluster_contest import Record, next_round
 from anabranch.cli.cluster_model import AdaptiveModel, StepModel
 from anabranch.cli.cluster_rows import AUTO, IDEAL, TRANSFORMERS, Policy, Reporter, Run, policies
 from anabranch.costs.call import CallModel
@@ -29,11 +29,13 @@ from anabranch.costs.prices import CalibratedPrices
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.integrations.carriers import Carriers
 from anabranch.integrations.measure import LayerShape, Probe
+from anabranch.integrations.trial import LayerTrial
 from anabranch.placement.base import Homes
 from anabranch.placement.cheapest import CheapestChoice, candidate_planners
 from anabranch.placement.choice import Chooser, Exchange, FixedChoice
 from anabranch.placement.policy import make_planner
 from anabranch.placement.static import StaticPlanner
+from anabranch.placement.trials import Experience
 from anabranch.telemetry.samples import CallSample, Samples
 from anabranch.transport.base import Wires
 
@@ -74,6 +76,10 @@ def bench_cluster_rank(settings: dict[str, Any]) -> dict[str, Any]:
     return {"explained": measured.explained() if bench.explain else []}
 
 
+def _records(runs: dict[Policy, Run]) -> dict[Policy, Record]:
+    return {policy: Record(run.step_ms, run.program) for policy, run in runs.items()}
+
+
 def _put_down(rows: list[dict[str, Any]], file: Path) -> None:
     """Whole or not at all: the launcher takes what it sees."""
     written = file.with_suffix(".tmp")
@@ -111,9 +117,10 @@ class ClusterRank:
     def rows(self, workload: str) -> list[dict[str, Any]]:
         """One row a policy, after interleaved rounds in which `next_round` says who takes part."""
         layers = {policy: self._layers(policy, workload) for policy in self.policies}
+        tried_ms = self._try_before(layers, workload)
         runs = {policy: Run() for policy in self.policies}
         even, measured = self._even(self.cases.tokens), []
-        while taking_part := next_round({p: run.step_ms for p, run in runs.items()}, self.bench.rounds):
+        while taking_part := next_round(_records(runs), self.bench.rounds):
             turn = len(measured)
             routed = self.cases.ids(workload, PAST + turn)
             ids, counts = self._tensors(routed), self.cases.counts(routed)
@@ -123,7 +130,25 @@ class ClusterRank:
                 self._once(
                     policy, layers[policy], even if policy.name == IDEAL else ids, counts, runs[policy]
                 )
-        return [self.reporter.row(workload, policy, runs, measured) for policy in self.policies]
+        rows = [self.reporter.row(workload, policy, runs, measured) for policy in self.policies]
+        return [row | {"trials_ms": tried_ms if row["policy"] == AUTO else 0.0} for row in rows]
+
+    def _try_before(self, layers: dict[Policy, list[AdaptiveExperts]], workload: str) -> float:
+        """Lets `auto` try what leads, in the micro-batches before the first measured one: ms of all layers.
+
+        Training does so now and then at its beginning; what is measured is the choice that it keeps.
+        """
+        (mine,) = (found for policy, found in layers.items() if policy.name == AUTO)
+        for layer in mine:
+            layer.trial_of = LayerTrial
+        self.ours.carry(mine)
+        for step in range(PAST - (CHANGES if workload in CHANGING else 1), PAST):
+            self.ours.step(self._tensors(self.cases.ids(workload, step)))
+        for layer in mine:
+            layer.trial_of = None
+        chooser = mine[0].chooser
+        assert isinstance(chooser, CheapestChoice)
+        return round(chooser.experience.spent_ms, 1)
 
     def explained(self) -> list[dict[str, Any]]:
         """One layer under natural routing: everything `auto` chooses from, cheapest first."""
@@ -186,7 +211,8 @@ class ClusterRank:
         """A carrier for each layer, with a past where its planner looks back."""
         if policy.name == TRANSFORMERS:
             return []
-        choosers = [self._chooser(policy) for _ in self.ours.adaptive]
+        experience = Experience()
+        choosers = [self._chooser(policy, experience) for _ in self.ours.adaptive]
         if policy.name == "periodic_replication":
             for step in range(PAST):
                 counts = self.cases.counts(self.cases.ids(workload, step))
@@ -198,12 +224,12 @@ class ClusterRank:
             for adaptive, chooser in zip(self.ours.adaptive, choosers, strict=True)
         ]
 
-    def _chooser(self, policy: Policy) -> Chooser:
+    def _chooser(self, policy: Policy, experience: Experience | None = None) -> Chooser:
         bench, carriers = self.bench, self.carriers["none"]
         if policy.exchange is None:
             nodes = carriers.domain.nodes
             planners = candidate_planners(self.prices, nodes, epsilon=bench.epsilon, slots=bench.slots)
-            return CheapestChoice(planners, carriers.exchanges, self.prices)
+            return CheapestChoice(planners, carriers.exchanges, self.prices, experience=experience)
         planner = make_planner(policy.name, epsilon=bench.epsilon, slots=bench.slots)
         return FixedChoice(planner, policy.exchange)
 

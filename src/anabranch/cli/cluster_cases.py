@@ -15,8 +15,13 @@ from anabranch.workload.trace import load_trace
 NATURAL = "natural"
 # Its source ranks differ in tokens, and a rank has the same tokens in every layer.
 RAGGED = "W4"
-# Micro-batches before the first measured one: a policy that looks back has a past to look at.
-PAST = 32
+# One micro-batch tells little of the next.
+CHANGING = ("W6", "W7", NATURAL)
+# So many of them do: they hold a burst, and calm ones before it.
+CHANGES = 6
+# Micro-batches before the first measured one: a policy that looks back has a past to look at. The second measured one
+# is a burst of W7, so that two rounds tell policies apart.
+PAST = 34
 
 
 def workload_names() -> list[str]:

@@ -1,40 +1,48 @@
 """Which policies of a cell are measured once more: rounds go to the ratios that are still open."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from anabranch.cli.cluster_rows import AUTO, IDEAL, TRANSFORMERS, Policy
 
-# A policy beyond the first figure of the best fixed one after so many rounds is measured no further.
-FAR = {1: 2.0, 2: 1.25}
+# A policy beyond this part of the best fixed one's time after so many rounds is measured no further.
+FAR = {1: 1.6, 2: 1.25}
 NEAR = 1.08
 LEAST = 3
 # What a cell has to show: the time of `auto` over that of transformers, and over that of the best fixed choice.
-LIMITS = {TRANSFORMERS: 1.02, "best": 1.05}
-# A ratio is decided where it is this many standard errors from its limit, or known within SETTLED.
+THEIRS, BEST = 1.02, 1.05
+# A ratio is clear where it is this many standard errors from its limit, or known within SETTLED.
 SURE = 2.0
 SETTLED = 0.007
 
-Times = Mapping[Policy, Sequence[float]]
+
+class Record(NamedTuple):
+    """One policy so far, round by round: step times, and which plans and exchanges it ran, as something to compare."""
+
+    step_ms: Sequence[float]
+    program: Sequence[Hashable]
 
 
-def next_round(times: Times, most: int) -> list[Policy]:
-    """Who is measured in the next round; none where the cell is decided, or after `most` rounds.
+def next_round(records: Mapping[Policy, Record], most: int) -> list[Policy]:
+    """Who is measured in the next round; none where the cell is clear, or after `most` rounds.
 
-    times: step times of each policy, round by round; one that was left out never returns, so the rounds of two
-    policies are the same ones as far as both have some. Everybody runs twice, except who takes more than twice the
-    best fixed policy's time; then those within FAR of it, and from LEAST rounds on those within NEAR, `auto` and
-    transformers. The ideal runs LEAST times, lossy rows, which only show their bytes, twice.
+    One that was left out never returns, so two policies share their rounds as far as both have some. Everybody runs
+    twice, except who takes far more than the best fixed policy; then those within FAR of it, and from LEAST
+    rounds on those within NEAR, `auto` and transformers. Of fixed policies that ran the same program twice only the
+    first goes on. The ideal runs LEAST times; lossy rows, which are there for their bytes, twice.
     """
-    rounds = max(map(len, times.values()))
-    still = [policy for policy, ms in times.items() if len(ms) == rounds]
+    rounds = max(len(record.step_ms) for record in records.values())
+    still = [policy for policy, record in records.items() if len(record.step_ms) == rounds]
     if rounds == 0:
         return still
-    best = min((p for p in still if is_rival(p)), key=lambda p: float(np.median(times[p])))
-    if rounds >= most or (rounds >= LEAST and _decided(times, best)):
+    if rounds > 1:
+        still = [p for n, p in enumerate(still) if not any(_same(records, p, q) for q in still[:n])]
+    best = min(filter(is_rival, still), key=lambda p: float(np.median(records[p].step_ms)))
+    if rounds >= most or (rounds >= LEAST and _clear_of_limits(records, best)):
         return []
-    return [p for p in still if p is best or _goes_on(p, rounds, ratio(times, p, best))]
+    return [p for p in still if p is best or _goes_on(records, p, rounds, best)]
 
 
 def is_rival(policy: Policy) -> bool:
@@ -42,30 +50,31 @@ def is_rival(policy: Policy) -> bool:
     return policy.name not in (AUTO, IDEAL) and policy.codec == "none"
 
 
-def ratio(times: Times, one: Policy, other: Policy) -> float:
-    """Time of one over that of the other: median over the rounds that both have."""
-    return float(np.median(_ratios(times[one], times[other])))
+def _same(records: Mapping[Policy, Record], one: Policy, other: Policy) -> bool:
+    return is_rival(one) and is_rival(other) and records[one].program == records[other].program
 
 
-def _goes_on(policy: Policy, rounds: int, to_best: float) -> bool:
+def _goes_on(records: Mapping[Policy, Record], policy: Policy, rounds: int, best: Policy) -> bool:
     if policy.name in (AUTO, TRANSFORMERS):
         return True
     if policy.codec != "none":
         return rounds < 2
     if policy.name == IDEAL:
         return rounds < LEAST
-    return to_best <= FAR.get(rounds, NEAR)
+    return float(np.median(_ratios(records[policy], records[best]))) <= FAR.get(rounds, NEAR)
 
 
-def _decided(times: Times, best: Policy) -> bool:
-    (auto,), (theirs,) = ([p for p in times if p.name == name] for name in (AUTO, TRANSFORMERS))
-    compared = {TRANSFORMERS: theirs, "best": best}
-    return all(_clear(_ratios(times[auto], times[compared[name]]), limit) for name, limit in LIMITS.items())
+def _clear_of_limits(records: Mapping[Policy, Record], best: Policy) -> bool:
+    (auto,), (theirs,) = ([p for p in records if p.name == name] for name in (AUTO, TRANSFORMERS))
+    found = records[auto].program == records[best].program  # it runs the best choice itself
+    return _clear(_ratios(records[auto], records[theirs]), THEIRS) and (
+        found or _clear(_ratios(records[auto], records[best]), BEST)
+    )
 
 
-def _ratios(one: Sequence[float], other: Sequence[float]) -> np.ndarray:
-    rounds = min(len(one), len(other))
-    return np.array(one[:rounds]) / np.array(other[:rounds])
+def _ratios(one: Record, other: Record) -> np.ndarray:
+    rounds = min(len(one.step_ms), len(other.step_ms))
+    return np.array(one.step_ms[:rounds]) / np.array(other.step_ms[:rounds])
 
 
 def _clear(ratios: np.ndarray, limit: float) -> bool:

@@ -4,7 +4,7 @@ Shape suffixes: R ranks, E experts.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,6 +41,11 @@ class Run:
     @property
     def step_ms(self) -> list[float]:
         return [timed.step_ms for timed in self.timed]
+
+    @property
+    def program(self) -> list[Hashable]:
+        """What ran in each round, to be compared with another run's: exchanges and plans of the layers."""
+        return [tuple((o.choice.exchange, o.plan.quota_RE.tobytes()) for o in seen) for seen in self.seen]
 
 
 def policies(exchanges: Sequence[Exchange]) -> list[Policy]:

@@ -20,7 +20,7 @@ from anabranch.experts.guests import lend, tie
 from anabranch.experts.memory import PlanMemory, recomputing
 from anabranch.experts.seating import GuestTable, guest_table, seat
 from anabranch.placement.base import Homes, IntArray, Plan
-from anabranch.placement.choice import Choice, Chooser, Exchange
+from anabranch.placement.choice import Choice, Chooser, Exchange, Trial
 from anabranch.transport.base import Route, Slots, Traffic, Transport
 from anabranch.transport.collectives import gather_counts
 
@@ -46,6 +46,15 @@ class Observation(NamedTuple):
     @property
     def weight_bytes(self) -> int:
         return sum(self.weights)
+
+
+class Call(NamedTuple):
+    """The arguments of one forward call."""
+
+    home: Sequence[Tensor]
+    x_SD: Tensor
+    ids_SK: Tensor
+    weights_SK: Tensor
 
 
 class Prepared(NamedTuple):
@@ -96,6 +105,8 @@ class AdaptiveExperts:
         self.forward = forward
         self.memory = PlanMemory()
         self.observers: list[Callable[[Observation], None]] = []
+        self.trial_of: Callable[[AdaptiveExperts, Call], Trial] | None = None
+        """How a chooser may try calls before it chooses; None where it may not."""
         self._foreseen: deque[Choice] = deque()
         self._plan_ms = 0.0
 
@@ -108,7 +119,8 @@ class AdaptiveExperts:
         choice = None
         if again and (remembered := self.memory.recall(ids_SK)) is not None:
             choice, ids_SK = remembered.choice, remembered.ids_SK
-        choice = choice or self.choose(ids_SK)
+        trial = self.trial_of and not again and self.trial_of(self, Call(home, x_SD, ids_SK, weights_SK))
+        choice = choice or self.choose(ids_SK, trial or None)
         if not again:
             self.memory.remember(choice, ids_SK)
         prepared = self.prepare(choice.plan, choice.exchange, ids_SK)
@@ -122,8 +134,8 @@ class AdaptiveExperts:
         """Choose now for the coming calls, of which all ranks know the counts. Forgets what was foreseen before."""
         self._foreseen = deque(self.chooser.choose(counts_RE, self.homes) for counts_RE in counts_MRE)
 
-    def choose(self, ids_SK: Tensor) -> Choice:
-        """What this call does. Collective, unless foreseen: every rank sees the counts of all.
+    def choose(self, ids_SK: Tensor, trial: Trial | None = None) -> Choice:
+        """What this call does; `trial` tries it. Collective, unless foreseen: every rank sees the counts of all.
 
         Raises PlanError where a foreseen call has other counts; other ranks then wait for this one in vain.
         """
@@ -138,7 +150,7 @@ class AdaptiveExperts:
             return choice
         counts_RE = gather_counts(counts_E, self.group).numpy().astype("int64")
         started_s = time.perf_counter()
-        choice = self.chooser.choose(counts_RE, self.homes)
+        choice = self.chooser.choose(counts_RE, self.homes, trial)
         self._plan_ms = 1e3 * (time.perf_counter() - started_s)
         return choice
 

@@ -19,6 +19,7 @@ from anabranch.placement.choice import Exchange
 from anabranch.placement.policy import PLANNERS, make_planner
 from anabranch.placement.prices import Prices
 from anabranch.placement.pricing import Pricing
+from anabranch.placement.trials import Experience
 from anabranch.placement.within_node import WithinNode
 from anabranch.telemetry.samples import Samples
 from anabranch.transport.base import Wires
@@ -35,6 +36,7 @@ class Carriers:
         self.wires = wires
         self.transports = {e.transport: make_transport(e.transport, domain, wires) for e in self.exchanges}
         self._prices: dict[str, Prices] = {}
+        self._experience: dict[Prices, Experience] = {}
 
     def prices(
         self, pricing: Pricing, shape: LayerShape, home: Sequence[Tensor], forward: ExpertsForward
@@ -50,6 +52,10 @@ class Carriers:
                     pricing.store(key, samples)
             self._prices[key] = pricing.prices(samples)
         return self._prices[key]
+
+    def experience(self, prices: Prices) -> Experience:
+        """What trials told beside these prices: the layers that share the prices share it."""
+        return self._experience.setdefault(prices, Experience())
 
     def _planners(self) -> dict[str, Planner]:
         """Every planner that may be priced, with settings of no consequence to its host time."""

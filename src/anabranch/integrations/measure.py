@@ -5,7 +5,8 @@ ranks, E experts, S tokens of a rank, K experts a token, N rows, D hidden size, 
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -55,10 +56,10 @@ class Probe:
         planners: Mapping[str, Planner],
         wires: Wires,
     ) -> Samples:
-        """All of it. With gradients enabled, whatever the caller's mode: `auto` is for training steps."""
+        """All of it."""
         plain = self.shape.hidden * self.shape.dtype.itemsize
         there, back = (c.row_bytes(self.shape.hidden) if c else plain for c in wires.codecs())
-        with torch.enable_grad():
+        with aside(self.device):
             return Samples(
                 hidden=self.shape.hidden,
                 experts=self.shape.homes.experts,
@@ -206,14 +207,43 @@ class Probe:
         return float(np.median([self._once(work) for _ in range(REPEATS)]))
 
     def _once(self, work: Callable[[], object]) -> float:
-        dist.barrier(self.domain.group)
-        started_s = time.perf_counter()
-        work()
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        return self._slowest(1e3 * (time.perf_counter() - started_s))
+        return slowest_ms(work, self.domain.group, self.device)
 
     def _slowest(self, value: float) -> float:
-        most = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.domain.group)
-        return float(most)
+        return _most(value, self.domain.group, self.device)
+
+
+@contextmanager
+def aside(device: torch.device) -> Iterator[None]:
+    """What is calculated inside leaves the training around it as it was.
+
+    Gradients are enabled, whatever the caller's mode; random numbers are put back; and what autograd saves is hidden
+    from activation checkpointing, inside of whose regions layers live: it would count these tensors as its own.
+    """
+    devices = [] if device.type == "cpu" else [device]
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is),
+        torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
+    ):
+        yield
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
+
+
+def slowest_ms(work: Callable[[], object], group: dist.ProcessGroup, device: torch.device) -> float:
+    """Time of `work` from a common start to the end of the slowest rank. Collective; equal on all ranks."""
+    dist.barrier(group)
+    started_s = time.perf_counter()
+    work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return _most(1e3 * (time.perf_counter() - started_s), group, device)
+
+
+def _most(value: float, group: dist.ProcessGroup, device: torch.device) -> float:
+    most = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    return float(most)

@@ -30,6 +30,7 @@ from anabranch.experts.guests import tie
 from anabranch.integrations.carriers import Carriers
 from anabranch.integrations.empty_share import bypass_sharding, load_empty_shares
 from anabranch.integrations.measure import LayerShape
+from anabranch.integrations.trial import LayerTrial
 from anabranch.placement.base import Homes, IntArray
 from anabranch.placement.cheapest import CheapestChoice, candidate_planners
 from anabranch.placement.checks import require_count
@@ -147,6 +148,7 @@ class AdaptiveEP(EPImplementation):
             return self.inference
         if self.layer is None:
             self.layer = self._made(self._chooser(home, x_SD, top_k))
+            self.layer.trial_of = LayerTrial
             if self._restored is not None:
                 self.restore(self._restored)
             if self._foreseen is not None:
@@ -186,7 +188,7 @@ class AdaptiveEP(EPImplementation):
             planners = candidate_planners(prices, carriers.domain.nodes, epsilon=s.epsilon, slots=s.slots)
         else:
             planners = {s.planner: make_planner(s.planner, epsilon=s.epsilon, slots=s.slots)}
-        return CheapestChoice(planners, carriers.exchanges, prices)
+        return CheapestChoice(planners, carriers.exchanges, prices, experience=carriers.experience(prices))
 
     def _inference_chooser(self) -> Chooser:
         """Nothing is priced: with "auto", up to SMALL_ROWS rows a call `all_to_all` without guests, above `dedup`."""

@@ -10,42 +10,57 @@ from anabranch.errors import ConfigError
 from anabranch.placement.base import Homes, IntArray, Plan, Planner, max_over_mean
 from anabranch.placement.bounded import BoundedPlanner
 from anabranch.placement.checks import require_count, require_number
-from anabranch.placement.choice import Choice, Exchange
+from anabranch.placement.choice import Choice, Exchange, Trial
 from anabranch.placement.exact import ExactPlanner
 from anabranch.placement.load import load_of
 from anabranch.placement.nodes import Nodes
 from anabranch.placement.prices import Prices
 from anabranch.placement.static import StaticPlanner
+from anabranch.placement.trials import Experience, Pair, contenders, run_off
 from anabranch.placement.within_node import WithinNode
 
 # Rank max/mean may move by this part of itself before the kept choice is doubted.
 DRIFT = 0.10
 # The fewest calls between two reviews. A load that jumps to and fro would else be reviewed at every call.
 SOONEST = 2
+# Candidates dearer than the cheapest by more than this part of its price are not tried, nor more than so many: prices
+# err by 5 % in the median (docs/log.md).
+WITHIN = 0.25
+TRIED = 6
+# Trials of one review: the first may bring a pair to the front that was not tried.
+TRIALS = 2
 
 
 class Candidate(NamedTuple):
-    """One priced way to do a call. guests: copies in its plan."""
+    """One priced way to do a call. guests: copies in its plan. expected_ms: its price, corrected by trials."""
 
     planner: str
     exchange: Exchange
     guests: int
     predicted_ms: float
+    expected_ms: float
+
+    @property
+    def pair(self) -> Pair:
+        return self.planner, self.exchange
 
 
 class CheapestChoice:
     """Keeps one planner and one exchange, and reviews them by price.
 
-    A review prices every planner's plan with every exchange on the exact counts at hand. The kept pair gives way
-    only to one that is cheaper by more than `hysteresis`, a fraction: prices are predictions, and changing to and
-    fro gains nothing. Between reviews only the kept planner runs.
+    A review prices every planner's plan with every exchange on the exact counts at hand. Where the cheapest pair has
+    not been tried under such a load, it and the other `contenders` do the call at hand a few times; what they took
+    corrects their prices from then on (`Experience`). The kept pair gives way only to one that is cheaper by more
+    than `hysteresis`, a fraction: prices are predictions, and changing to and fro gains nothing. Between reviews
+    only the kept planner runs.
 
     Reviews come every `review_every` calls, and early when rank max/mean of the homes' load has moved by more than
     DRIFT since the last one: prices follow the load. An early review that changes nothing doubles the calls until
     the next early one may come, up to `review_every`, so that bursts which the kept pair already suits cost no
     planning; a change brings it back to SOONEST.
 
-    Everything follows from the counts of the calls so far and from the prices, which are equal on all ranks.
+    Everything follows from the counts of the calls so far, the prices and the times of trials, which are equal on all
+    ranks.
     """
 
     def __init__(
@@ -55,8 +70,10 @@ class CheapestChoice:
         prices: Prices,
         hysteresis: float = 0.03,
         review_every: int = 16,
+        experience: Experience | None = None,
     ) -> None:
         """planners: by the name that prices know them by; of two with equal prices the first is chosen.
+        experience: shared with other layers of the same prices; its own without one.
 
         Raises ConfigError naming the setting that is empty or out of range.
         """
@@ -67,6 +84,7 @@ class CheapestChoice:
         require_count("review_every", review_every, 1)
         self.planners, self.exchanges, self.prices = dict(planners), tuple(exchanges), prices
         self.hysteresis, self.review_every = hysteresis, review_every
+        self.experience = Experience() if experience is None else experience
         self.review: tuple[Candidate, ...] = ()
         """All candidates of the last review, with their predicted times."""
         self._kept: tuple[str, Exchange] | None = None
@@ -74,15 +92,15 @@ class CheapestChoice:
         self._calls_since = 0
         self._soonest = SOONEST
 
-    def choose(self, counts_RE: IntArray, homes: Homes) -> Choice:
-        """counts_RE: int64 (R, E), rows that rank r routes to expert e."""
+    def choose(self, counts_RE: IntArray, homes: Homes, trial: Trial | None = None) -> Choice:
+        """counts_RE: int64 (R, E), rows that rank r routes to expert e. trial: without one, prices have to do."""
         self._calls_since += 1
         max_mean = max_over_mean(load_of(counts_RE, homes).rank_rows_R)
         if self._kept is not None and not self._due(max_mean):
             planner, exchange = self._kept
             return Choice(self.planners[planner].plan(counts_RE, homes), exchange, planner)
         before = self._kept
-        choice = self._review(counts_RE, homes)
+        choice = self._review(counts_RE, homes, max_mean, trial)
         if self._kept != before:
             self._soonest = SOONEST
         elif self._calls_since < self.review_every:
@@ -98,10 +116,12 @@ class CheapestChoice:
             "reviewed_max_mean": self._reviewed_max_mean,
             "calls_since": self._calls_since,
             "soonest": self._soonest,
+            "tried": self.experience.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where another one's `state` was taken. One that keeps what is not offered here is forgotten."""
+        self.experience.restore(state.get("tried", ()))
         if state["kept"] is None:
             return
         planner, transport, chunks = state["kept"]
@@ -121,21 +141,44 @@ class CheapestChoice:
         moved = abs(max_mean - self._reviewed_max_mean) > DRIFT * self._reviewed_max_mean
         return moved and self._calls_since >= self._soonest
 
-    def _review(self, counts_RE: IntArray, homes: Homes) -> Choice:
+    def _review(self, counts_RE: IntArray, homes: Homes, max_mean: float, trial: Trial | None) -> Choice:
         plans = {name: planner.plan(counts_RE, homes) for name, planner in self.planners.items()}
-        self.review = tuple(
-            Candidate(name, exchange, plan.guests, self.prices.call_ms(plan, exchange, name))
-            for name, plan in self._worth_pricing(plans).items()
-            for exchange in self.exchanges
-        )
-        best = min(self.review, key=lambda candidate: candidate.predicted_ms)
-        for candidate in self.review:
-            if (candidate.planner, candidate.exchange) == self._kept:
-                if best.predicted_ms >= candidate.predicted_ms * (1.0 - self.hysteresis):
-                    best = candidate
+        self._price(self._worth_pricing(plans), max_mean)
+        for _ in range(TRIALS if trial is not None and len(self.review) > 1 else 0):
+            if self.experience.knows(max_mean, self._cheapest().pair):
                 break
-        self._kept = (best.planner, best.exchange)
+            assert trial is not None
+            self._try(plans, max_mean, trial)
+        best = self._cheapest()
+        kept = next((c for c in self.review if c.pair == self._kept), best)
+        if best.expected_ms >= kept.expected_ms * (1.0 - self.hysteresis):
+            best = kept
+        self._kept = best.pair
         return Choice(plans[best.planner], best.exchange, best.planner)
+
+    def _cheapest(self) -> Candidate:
+        return min(self.review, key=lambda candidate: candidate.expected_ms)
+
+    def _price(self, plans: Mapping[str, Plan], max_mean: float) -> None:
+        found: list[Candidate] = []
+        for name, plan in plans.items():
+            for exchange in self.exchanges:
+                ms = self.prices.call_ms(plan, exchange, name)
+                corrected_ms = ms * self.experience.correction(max_mean, (name, exchange))
+                found.append(Candidate(name, exchange, plan.guests, ms, corrected_ms))
+        self.review = tuple(found)
+
+    def _try(self, plans: Mapping[str, Plan], max_mean: float, trial: Trial) -> None:
+        """Let the contenders run, and correct all prices by what they took."""
+        priced = {candidate.pair: candidate for candidate in self.review}
+        pairs = contenders({pair: c.expected_ms for pair, c in priced.items()}, WITHIN, TRIED)
+        choices = [Choice(plans[planner], exchange, planner) for planner, exchange in pairs]
+        for pair, runs_ms in zip(pairs, run_off(choices, trial), strict=True):
+            self.experience.learn(max_mean, pair, priced[pair].predicted_ms, runs_ms)
+        self.review = tuple(
+            c._replace(expected_ms=c.predicted_ms * self.experience.correction(max_mean, c.pair))
+            for c in self.review
+        )
 
     def _worth_pricing(self, plans: dict[str, Plan]) -> dict[str, Plan]:
         """The plans without repetitions: one without guests is the identity, priced as its first planner's.

@@ -3,6 +3,7 @@
 Shape suffixes: R ranks of the expert-parallel group, E experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -25,11 +26,16 @@ class Choice(NamedTuple):
     planner: str
 
 
+Trial = Callable[[Choice], float]
+"""Does the call at hand once aside, forward and backward, under any choice: ms of the slowest rank, which all ranks
+are told. Collective; leaves nothing behind."""
+
+
 class Chooser(Protocol):
     """Every rank of a group holds an equal one and shows it the same counts, so all choose alike."""
 
-    def choose(self, counts_RE: IntArray, homes: Homes) -> Choice:
-        """counts_RE: int64 (R, E), rows that rank r routes to expert e."""
+    def choose(self, counts_RE: IntArray, homes: Homes, trial: Trial | None = None) -> Choice:
+        """counts_RE: int64 (R, E), rows that rank r routes to expert e. trial: None where calls cannot be tried."""
         ...
 
     def slots_needed(self, homes: Homes) -> int:
@@ -44,7 +50,7 @@ class FixedChoice:
     planner: Planner
     exchange: Exchange
 
-    def choose(self, counts_RE: IntArray, homes: Homes) -> Choice:
+    def choose(self, counts_RE: IntArray, homes: Homes, trial: Trial | None = None) -> Choice:
         return Choice(self.planner.plan(counts_RE, homes), self.exchange, self.planner.name)
 
     def slots_needed(self, homes: Homes) -> int:
@@ -59,7 +65,7 @@ class BySize:
     large: FixedChoice
     rows: int
 
-    def choose(self, counts_RE: IntArray, homes: Homes) -> Choice:
+    def choose(self, counts_RE: IntArray, homes: Homes, trial: Trial | None = None) -> Choice:
         return (self.small if counts_RE.sum() <= self.rows else self.large).choose(counts_RE, homes)
 
     def slots_needed(self, homes: Homes) -> int:

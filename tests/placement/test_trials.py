@@ -1,0 +1,102 @@
+"""What `auto` learns from candidates that it tried."""
+
+import numpy as np
+import pytest
+
+from anabranch.placement.base import Homes
+from anabranch.placement.cheapest import CheapestChoice
+from anabranch.placement.choice import Choice, Exchange
+from anabranch.placement.exact import ExactPlanner
+from anabranch.placement.static import StaticPlanner
+from anabranch.placement.trials import Experience, contenders, run_off
+
+HOMES = Homes.contiguous(4, 2)
+EVEN, SKEWED = np.array([[10, 10, 10, 10]] * 2), np.array([[25, 15, 0, 0]] * 2)
+FLAT, DEDUP, CHUNKED = Exchange("all_to_all"), Exchange("dedup"), Exchange("dedup", 2)
+PLAN = StaticPlanner().plan(EVEN, HOMES)
+
+
+class Tariff:
+    """A row of the fullest rank costs 1, a guest 5, and each exchange what the test says."""
+
+    def __init__(self, exchange_ms):
+        self.exchange_ms = exchange_ms
+
+    def call_ms(self, plan, exchange, planner):
+        return float(plan.rows_R.max() + 5 * plan.guests + self.exchange_ms[exchange])
+
+    def guest_rows(self, *, across_nodes):
+        return 10
+
+
+class Truth:
+    """What calls take, whatever was predicted; counts how often it is asked."""
+
+    def __init__(self, exchange_ms):
+        self.tariff, self.calls = Tariff(exchange_ms), 0
+
+    def __call__(self, choice):
+        self.calls += 1
+        return self.tariff.call_ms(choice.plan, choice.exchange, choice.planner)
+
+
+PRICES = {FLAT: 10.0, DEDUP: 6.0, CHUNKED: 2.0}
+TRUE = {FLAT: 8.0, DEDUP: 6.0, CHUNKED: 20.0}
+
+
+def _chooser(**settings):
+    planners = {planner.name: planner for planner in (StaticPlanner(), ExactPlanner())}
+    return CheapestChoice(planners, [FLAT, DEDUP, CHUNKED], Tariff(PRICES), **settings)
+
+
+def test_a_candidate_that_is_overrated_is_found_out():
+    truth = Truth(TRUE)
+    assert _chooser().choose(SKEWED, HOMES).exchange == CHUNKED
+    chooser = _chooser()
+    choice = chooser.choose(SKEWED, HOMES, truth)
+    assert (choice.planner, choice.exchange) == ("exact", DEDUP)
+    known = {c.pair: (c.predicted_ms, c.expected_ms) for c in chooser.review}
+    assert known["exact", CHUNKED] == pytest.approx((47, 65))
+    assert known["exact", DEDUP] == pytest.approx((51, 51))
+    # Never tried, since `exact` is so much cheaper: as far from its price as the others in the median.
+    assert known["static", DEDUP] == pytest.approx((86, 86))
+    assert chooser.experience.spent_ms > 0
+
+
+def test_what_was_tried_is_not_tried_again_until_the_load_is_another():
+    truth, chooser = Truth(TRUE), _chooser(review_every=1)
+    chooser.choose(SKEWED, HOMES, truth)
+    asked = truth.calls
+    for _ in range(5):
+        assert chooser.choose(SKEWED, HOMES, truth).exchange == DEDUP
+    assert truth.calls == asked
+    chooser.choose(EVEN, HOMES, truth)
+    assert truth.calls > asked
+
+
+def test_layers_share_what_they_learn_and_a_checkpoint_keeps_it():
+    truth, shared = Truth(TRUE), Experience()
+    _chooser(experience=shared).choose(SKEWED, HOMES, truth)
+    asked = truth.calls
+    assert _chooser(experience=shared).choose(SKEWED, HOMES, truth).exchange == DEDUP
+    resumed = _chooser()
+    resumed.restore(_chooser(experience=shared).state())
+    assert resumed.choose(SKEWED, HOMES, truth).exchange == DEDUP
+    assert truth.calls == asked
+    resumed.restore({"kept": None})  # of a run before there were trials
+
+
+def test_a_run_off_drops_who_falls_behind():
+    pace = {FLAT: 10.0, DEDUP: 10.2, CHUNKED: 30.0}
+    runs = run_off([Choice(PLAN, exchange, "static") for exchange in pace], lambda c: pace[c.exchange])
+    assert [len(ms) for ms in runs] == [5, 5, 1]
+    cold = iter([50.0, 10.0, 10.0, 12.0, 10.0, 12.0, 10.0, 12.0, 10.0, 12.0])
+    runs = run_off([Choice(PLAN, FLAT, "static"), Choice(PLAN, DEDUP, "static")], lambda c: next(cold))
+    assert len(runs[0]) == 1, "out after the first round, whatever the reason"
+
+
+def test_contenders_are_the_best_of_each_kind():
+    priced = {("exact", FLAT): 12.0, ("exact", DEDUP): 10.0, ("static", FLAT): 11.0, ("static", DEDUP): 13.0}
+    assert contenders(priced, 0.4, 6) == [("exact", DEDUP), ("static", FLAT)]
+    assert contenders({**priced, ("exact", CHUNKED): 10.5}, 0.4, 2) == [("exact", DEDUP), ("exact", CHUNKED)]
+    assert contenders({**priced, ("static", FLAT): 14.1}, 0.2, 6) == [("exact", DEDUP), ("exact", FLAT)]
