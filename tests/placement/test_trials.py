@@ -12,7 +12,9 @@ from anabranch.placement.trials import Experience, contenders, run_off
 
 HOMES = Homes.contiguous(4, 2)
 EVEN, SKEWED = np.array([[10, 10, 10, 10]] * 2), np.array([[25, 15, 0, 0]] * 2)
-FLAT, DEDUP, CHUNKED = Exchange("all_to_all"), Exchange("dedup"), Exchange("dedup", 2)
+FLAT, DEDUP, CHUNKED, EAGER = (
+    Exchange("all_to_all"), Exchange("dedup"), Exchange("dedup", 2), Exchange("dedup", 4),
+)  # fmt: skip
 PLAN = StaticPlanner().plan(EVEN, HOMES)
 
 
@@ -72,6 +74,17 @@ def test_what_was_tried_is_not_tried_again_until_the_load_is_another():
     assert truth.calls == asked
     chooser.choose(EVEN, HOMES, truth)
     assert truth.calls > asked
+
+
+def test_a_later_trial_runs_what_is_new_beside_one_that_is_known():
+    truth, chooser = Truth(TRUE), _chooser(review_every=1)
+    chooser.choose(SKEWED, HOMES, truth)
+    chooser.prices = Tariff({FLAT: 10.0, DEDUP: 6.0, CHUNKED: 2.0, EAGER: 1.0})
+    chooser.exchanges = (FLAT, DEDUP, CHUNKED, EAGER)
+    truth.tariff.exchange_ms[EAGER] = 30.0
+    seen = []
+    chooser.choose(SKEWED, HOMES, lambda choice: seen.append(choice.exchange) or truth(choice))
+    assert set(seen) == {DEDUP, EAGER}
 
 
 def test_layers_share_what_they_learn_and_a_checkpoint_keeps_it():

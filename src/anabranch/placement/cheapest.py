@@ -169,9 +169,11 @@ class CheapestChoice:
         self.review = tuple(found)
 
     def _try(self, plans: Mapping[str, Plan], max_mean: float, trial: Trial) -> None:
-        """Let the contenders run, and correct all prices by what they took."""
+        """Let the contenders run, and correct all prices by what they took. Of those that ran before, one is enough."""
         priced = {candidate.pair: candidate for candidate in self.review}
         pairs = contenders({pair: c.expected_ms for pair, c in priced.items()}, WITHIN, TRIED)
+        known = [pair for pair in pairs if self.experience.knows(max_mean, pair)]
+        pairs = [pair for pair in pairs if pair not in known[1:]]
         choices = [Choice(plans[planner], exchange, planner) for planner, exchange in pairs]
         for pair, runs_ms in zip(pairs, run_off(choices, trial), strict=True):
             self.experience.learn(max_mean, pair, priced[pair].predicted_ms, runs_ms)
