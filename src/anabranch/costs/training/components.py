@@ -106,9 +106,11 @@ def _tensor(columns: Columns, stage_tokens: Column) -> Column:
 
 
 def _exchange(columns: Columns, tokens: Column) -> Column:
-    """Rows to their experts and back, in forward and backward; the slowest level of the network decides."""
+    """Rows to their experts and back, in forward and backward; the slowest level of the network decides. The ranks
+    that share an expert (etp) then gather each other's rows, and scatter the sums."""
     layout, model, chip = columns.layout, columns.model, columns.chip
-    sent = tokens * model.hidden * HALF * 4.0 * model.moe_layers * columns.skew * layout.etp
+    sent = tokens * model.hidden * HALF * 4.0 * model.moe_layers * columns.skew
+    gathered = _gather_s(chip, sent * model.top_k * layout.etp, np.ones_like(layout.etp), layout.etp)
     seconds, inside = np.zeros(np.broadcast_shapes(sent.shape, layout.ep.shape)), np.ones(1)
     for level in range(LEVELS):
         units = layout.ep / inside
@@ -119,7 +121,7 @@ def _exchange(columns: Columns, tokens: Column) -> Column:
         upto = _inside(chip, level, layout.etp, layout.ep, inside)
         crossing = np.where(upto > inside, sent * copies * away / chip.level_exchange_NL[:, level], 0.0)
         seconds, inside = np.maximum(seconds, crossing), upto
-    return seconds
+    return seconds + gathered
 
 
 def _data(columns: Columns) -> Column:
