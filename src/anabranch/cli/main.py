@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 COMMANDS = {
     "train": ("train", "train"),
     "trace": ("train", "trace"),
+    "plan": ("plan", "plan"),
     "calibrate": ("calibrate", "calibrate"),
     "generate": ("generate", "generate"),
     "serve": ("serve", "serve"),

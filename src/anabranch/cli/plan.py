@@ -1,0 +1,186 @@
+"""`anabranch plan`: what a training run will take, before it is paid for. Imports no torch."""
+
+import json
+from pathlib import Path
+from typing import Annotated, NamedTuple, cast
+
+import typer
+
+from anabranch.cli.fail import fails_clearly
+from anabranch.cli.plan_display import show
+from anabranch.costs.training.calibration import SHIPPED, load_calibration
+from anabranch.costs.training.setup import Software
+from anabranch.errors import ConfigError
+from anabranch.hardware.catalog import Catalog, load_catalog
+from anabranch.hardware.instance import Cluster
+from anabranch.planner.answer import Question, answer
+from anabranch.planner.outcome import Terms
+from anabranch.planner.search import Request
+from anabranch.planner.space import divisors
+from anabranch.simulator.histogram import natural_histogram, read_histogram
+from anabranch.simulator.skew import Policy, rank_skew
+from anabranch.workload.hf_config import read_shape
+from anabranch.workload.layout import Precision
+from anabranch.workload.shape import ModelShape
+
+MODEL, TOKENS, SEQ_LEN, NODES = "Qwen3-30B-A3B", "1e12", 4096, 4
+STEP_TOKENS = (
+    4 * 2**20
+)  # of a step, where no batch is given: what models of tens of billions are trained with
+# The trainer that published runs of a family of chips have used, and of all others.
+SOFTWARE = {"trainium": "nxd"}
+USUAL_SOFTWARE = "megatron-bridge"
+
+Model = Annotated[str, typer.Option(help="a shipped shape, a config.json, or a folder with one")]
+ClusterNames = Annotated[
+    list[str] | None,
+    typer.Option("--cluster", help="an instance and how many, trn2.48xlarge:4; more: others for the front"),
+]
+Tokens = Annotated[str | None, typer.Option(help=f"of the whole run, such as {TOKENS}, which is the default")]
+SeqLen = Annotated[int | None, typer.Option(help=f"tokens of a sequence [default: {SEQ_LEN}]")]
+GlobalBatch = Annotated[int | None, typer.Option(help="sequences of a step [default: about 4 M tokens]")]
+PrecisionName = Annotated[
+    str | None, typer.Option(help="bf16, fp8, fp4 or fp32 [default: bf16 where there is]")
+]
+Basis = Annotated[
+    str | None,
+    typer.Option(help="on-demand, capacity-block, reserved, spot or owned [default: the first known]"),
+]
+Utilisation = Annotated[float | None, typer.Option(help="hours of the run over hours paid for [default: 1]")]
+PolicyName = Annotated[
+    str, typer.Option(help="who computes which rows: static, bounded, exact, least_loaded, ...")
+]
+HistogramFile = Annotated[Path | None, typer.Option(help="rows of each expert: JSON, or a trace (.npz)")]
+CatalogFile = Annotated[Path | None, typer.Option(help="your own figures, TOML, over the shipped ones")]
+CalibrationFile = Annotated[Path, typer.Option(help="what `anabranch calibrate` wrote", show_default=False)]
+Compare = Annotated[
+    tuple[str, str] | None,
+    typer.Option(help="two instances or clusters: what the first saves over the second"),
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="write the answer as JSON; - for stdout")]
+Explain = Annotated[bool, typer.Option("--explain", help="every assumption, with its source")]
+
+
+@fails_clearly
+def plan(
+    model: Model = MODEL,
+    cluster: ClusterNames = None,
+    tokens: Tokens = None,
+    seq_len: SeqLen = None,
+    global_batch: GlobalBatch = None,
+    precision: PrecisionName = None,
+    basis: Basis = None,
+    utilisation: Utilisation = None,
+    policy: PolicyName = "static",
+    histogram: HistogramFile = None,
+    catalog: CatalogFile = None,
+    calibration: CalibrationFile = SHIPPED,
+    compare: Compare = None,
+    json_file: JsonFile = None,
+    explain: Explain = False,
+) -> None:
+    """The fastest layout that fits, with its time, memory, dollars and energy, each with intervals."""
+    given = {"tokens": tokens, "seq_len": seq_len, "global_batch": global_batch, "precision": precision,
+             "basis": basis, "utilisation": utilisation}  # fmt: skip
+    known, work = (
+        load_catalog(catalog),
+        Work(read_shape(model), _number(tokens or TOKENS), seq_len, global_batch, precision),
+    )
+    names, pair = _names(cluster, compare)
+    clusters, compared = [known.cluster(name) for name in names], [known.cluster(name) for name in pair]
+    skew, origin = _skew(work, [*clusters, *compared], policy, histogram)
+    batch = global_batch or _usual_batch(clusters[0].chips, work.length)
+    first, *others = (work.on(one, batch, skew) for one in [*clusters, *compared])
+    question = Question(
+        model, first, _terms(known, basis, utilisation), origin,
+        frozenset(name for name, value in given.items() if value is not None),
+        tuple(others[: len(clusters) - 1]), (others[-2], others[-1]) if compared else None,
+    )  # fmt: skip
+    found = answer(question, load_calibration(calibration))
+    if json_file is not None:
+        _write(json_file, json.dumps(found.to_dict(), indent=1))
+    if json_file != Path("-"):
+        show(found, explain)
+
+
+class Work(NamedTuple):
+    """What is to be computed, wherever."""
+
+    shape: ModelShape
+    tokens: float
+    seq_len: int | None
+    global_batch: int | None
+    precision: str | None
+
+    @property
+    def length(self) -> int:
+        return SEQ_LEN if self.seq_len is None else self.seq_len
+
+    def on(self, cluster: Cluster, batch: int, skew: dict[int, float]) -> Request:
+        chip = cluster.chip
+        usual = "bf16" if "bf16" in chip.precisions else chip.precisions[0]
+        software = Software(family=SOFTWARE.get(chip.family, USUAL_SOFTWARE))
+        precision = cast("Precision", self.precision or usual)  # the request refuses what is none
+        return Request(self.shape, cluster, self.tokens, self.length, batch, precision, software, skew)
+
+
+def _names(cluster: list[str] | None, compare: tuple[str, str] | None) -> tuple[list[str], tuple[str, ...]]:
+    """Of the clusters to plan for, and of the two to compare; those without a number of nodes get the first one's."""
+    if not cluster and compare is None:
+        raise ConfigError("name an instance and how many, trn2.48xlarge:4", setting="cluster")
+    colon = (cluster or [""])[0].partition(":")[1:]
+    nodes = "".join(colon) if all(colon) else f":{NODES}"
+    pair = tuple(name if ":" in name else name + nodes for name in compare or ())
+    return cluster or [pair[0]], pair
+
+
+def _number(tokens: str) -> float:
+    try:
+        return float(tokens)
+    except ValueError:
+        raise ConfigError(f"{tokens!r} is no number, such as {TOKENS}", setting="tokens") from None
+
+
+def _usual_batch(chips: int, seq_len: int) -> int:
+    """Sequences of about `STEP_TOKENS`, as many for every chip."""
+    return max(1, round(STEP_TOKENS / max(1, seq_len) / chips)) * chips
+
+
+def _terms(known: Catalog, basis: str | None, utilisation: float | None) -> Terms:
+    occupancy = 1.0 if utilisation is None else utilisation
+    if not 0.0 < occupancy <= 1.0:
+        raise ConfigError(f"{occupancy:g} must be above 0 and at most 1", setting="utilisation")
+    return Terms(known.figure("pue"), known.figure("electricity"), basis, occupancy)
+
+
+def _skew(
+    work: Work, clusters: list[Cluster], policy: str, file: Path | None
+) -> tuple[dict[int, float], str]:
+    """Max over mean by expert-parallel degree, and where it is from."""
+    experts, chips = work.shape.experts, max(cluster.chips for cluster in clusters)
+    placed = Policy(policy)
+    placed.build()  # says what is wrong with its name
+    if experts is None:
+        return {1: 1.0}, "the model has no experts"
+    popularity = natural_histogram(experts.count) if file is None else read_histogram(file)
+    degrees = [degree for degree in divisors(experts.count) if degree <= chips]
+    tokens = max(1, work.length)  # of a micro-batch of one sequence
+    skew = rank_skew(
+        degrees,
+        experts=experts.count,
+        top_k=experts.top_k,
+        tokens=tokens,
+        policy=placed,
+        histogram=popularity,
+    )
+    return skew, f"{policy} placement of {popularity.resampled(experts.count).source}"
+
+
+def _write(file: Path, text: str) -> None:
+    if file == Path("-"):
+        typer.echo(text)
+        return
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}", setting="json") from error
