@@ -36,9 +36,8 @@ def test_the_example_is_answered_with_intervals(example):
         one = example[name]
         assert 0 < one["low90"] < one["low80"] < one["predicted"] < one["high80"] < one["high90"]
     assert example["steps"] == -(-(10**12) // (layout["global_batch"] * 4096))
-    assert example["training_s"]["predicted"] == pytest.approx(
-        example["steps"] * example["step_s"]["predicted"], rel=1e-3
-    )
+    productive_s = example["steps"] * example["step_s"]["predicted"]
+    assert productive_s < example["training_s"]["predicted"] < 1.01 * productive_s  # four nodes fail rarely
     memory = example["memory_gib"]
     assert memory["peak"] <= memory["room"] == pytest.approx(0.9 * 96)
     parts = sum(memory[name] for name in memory if name not in ("peak", "room"))
@@ -122,7 +121,10 @@ MISTAKES = {
     "words": ([*EXAMPLE, "--tokens", "many"], "tokens: 'many' is no number"),
     "seq_len": ([*EXAMPLE, "--seq-len", "0"], "seq_len: 0 must be a whole number of at least 1"),
     "global_batch": ([*EXAMPLE, "--global-batch", "-4"], "global_batch: -4 must be a whole number of at least 1"),
-    "does not divide": ([*EXAMPLE, "--global-batch", "7", "--seq-len", "4095"], "cluster: no layout on 64 chips of trn2.48xlarge:4 divides"),
+    "does not divide": (
+        [*EXAMPLE, "--global-batch", "7", "--seq-len", "4095"],
+        "cluster: no layout on 64 chips of trn2.48xlarge:4 divides",
+    ),
     "does not fit": (
         ["--model", "Kimi-K2", "--cluster", "trn1.32xlarge:1"],
         "cluster: none of 9660 layouts fits trn1.32xlarge:1: the smallest needs 9",

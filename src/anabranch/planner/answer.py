@@ -105,7 +105,8 @@ def _offer(request: Request, question: Question, calibration: Calibration) -> Of
     basis = question.terms.basis or _common_basis(question) or question.terms.basis_of(cluster)
     return Offer(
         str(cluster), cluster.chips, cluster.nodes, cluster.instance.price(basis or USUAL_BASES[0]), step,
-        utilisation(request, step.step_s), not calibration.has_run(cluster.chip.kind), question.terms.goodput,
+        utilisation(request, step.step_s), not calibration.has_run(cluster.chip.kind),
+        question.terms.goodput_of(cluster),
     )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ import numpy as np
 from anabranch.costs.energy import FLOOR, FULL
 from anabranch.costs.training.calibration import Calibration
 from anabranch.hardware.figure import Figure
-from anabranch.planner.outcome import Outcome, Terms
+from anabranch.planner.outcome import FAILURES, Outcome, Terms
 from anabranch.planner.search import Request
+from anabranch.simulator.goodput import NODE_MTBF_H
 
 
 class Assumption(NamedTuple):
@@ -107,6 +108,13 @@ def _money(found: Outcome, terms: Terms, given: Collection[str]) -> list[Assumpt
         rows.append(Assumption.of(f"{basis} price of a node", cluster.instance.price(basis).usd_per_h))
     if terms.basis_of(cluster) == "owned":
         rows.append(Assumption.of("electricity", terms.usd_per_kwh))
+    goodput = terms.goodput_of(cluster)
+    stop_s, restart_s = FAILURES[1][1:]
+    rows.append(Assumption(
+        "goodput under failures", f"{goodput.mid:.4f} ({goodput.low:.4f} .. {goodput.high:.4f})",
+        f"a node fails every {NODE_MTBF_H:,.0f} h, as in Llama 3 (arXiv:2407.21783); a checkpoint stops the run for "
+        f"{stop_s:.0f} s, a restart takes {restart_s:.0f} s; ends: a third and three times that", "assumed",
+    ))  # fmt: skip
     origin = ("yours", "request") if "utilisation" in given else ("default", "assumed")
     return [*rows, Assumption("hours of the run over paid hours", f"{terms.occupancy:g}", *origin)]
 

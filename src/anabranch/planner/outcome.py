@@ -8,7 +8,6 @@ import numpy as np
 from anabranch.costs.bounds import Bounds, bounds_of, exactly
 from anabranch.costs.energy import ClusterPower, power_of
 from anabranch.costs.ownership import (
-    WITHOUT_LOSS,
     Engineering,
     Occupation,
     Ownership,
@@ -22,28 +21,41 @@ from anabranch.hardware.figure import Figure
 from anabranch.hardware.instance import Cluster
 from anabranch.hardware.price import BASES
 from anabranch.planner.search import Candidate, Request
+from anabranch.simulator.goodput import NODE_MTBF_H, Failures
 from anabranch.units import HOUR_S
 
 # What a user who says nothing is taken to pay: the first of these that an instance has. Spot may be taken away.
 USUAL_BASES = (*(basis for basis in BASES if basis != "spot"), "spot")
 NO_ENGINEERING = Engineering()
+# Hours between failures of a node over Llama 3's, seconds that a checkpoint stops the run, seconds of a restart. Only
+# the first was ever published for a run of this kind: at worst, as expected, at best.
+FAILURES = ((1 / 3, 120.0, 1800.0), (1.0, 60.0, 600.0), (3.0, 10.0, 300.0))
 
 
 @dataclass(frozen=True)
 class Terms:
-    """How the machines are had. basis: of the price, None for the usual one; see `anabranch.costs.ownership` for the
-    rest. pue and usd_per_kwh: figures of the catalog, or one's own."""
+    """How the machines are had. basis: of the price, None for the usual one. goodput: None for what `FAILURES` leave;
+    see `anabranch.costs.ownership` for the rest. pue and usd_per_kwh: figures of the catalog, or one's own."""
 
     pue: Figure
     usd_per_kwh: Figure
     basis: str | None = None
     occupancy: float = 1.0
-    goodput: Bounds[float] = WITHOUT_LOSS
+    goodput: Bounds[float] | None = None
     engineering: Engineering = NO_ENGINEERING
 
     def basis_of(self, cluster: Cluster) -> str | None:
         """None where no price is known and none was asked for."""
         return self.basis or next((b for b in USUAL_BASES if b in cluster.instance.prices), None)
+
+    def goodput_of(self, cluster: Cluster) -> Bounds[float]:
+        if self.goodput is not None:
+            return self.goodput
+        shares = (
+            Failures(NODE_MTBF_H * often, cluster.nodes, stop_s, restart_s).goodput()
+            for often, stop_s, restart_s in FAILURES
+        )
+        return Bounds(*shares)
 
     def tenure(self, cluster: Cluster) -> Tenure:
         """Free where no price is known. Raises ConfigError where there is none of the basis that was asked for."""
@@ -81,11 +93,12 @@ def outcome(request: Request, candidate: Candidate, terms: Terms) -> Outcome:
     step = candidate.step
     mfu, power = utilisation(request, step.step_s), power_of(request.cluster, terms.pue)
     again = 4.0 / 3.0 if candidate.layout.recompute == "full" else 1.0
-    tenure, lost = terms.tenure(request.cluster), Bounds(*(1.0 / share for share in reversed(terms.goodput)))
+    tenure, goodput = terms.tenure(request.cluster), terms.goodput_of(request.cluster)
+    lost = Bounds(*(1.0 / share for share in reversed(goodput)))
 
     def cost(interval: Interval) -> Cost:
         hours = Bounds(interval.low, step.step_s, interval.high).scaled(request.steps / HOUR_S)
-        run = Occupation(hours, min(1.0, mfu * again), terms.goodput, terms.occupancy)
+        run = Occupation(hours, min(1.0, mfu * again), goodput, terms.occupancy)
         owned = ownership(run, tenure, power, terms.engineering)
         usd = None if terms.basis_of(request.cluster) is None else owned.total
         return Cost(hours.times(lost), usd, owned.kwh, owned)

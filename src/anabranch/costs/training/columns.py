@@ -16,7 +16,7 @@ from anabranch.hardware.instance import Cluster
 from anabranch.workload.shape import ModelShape
 
 Column = NDArray[np.float64]
-LEVELS = 3  # of a network: two inside the widest scale-up domain of the catalog, and the scale-out network
+LEVELS = 4  # of a network: three inside the widest scale-up domain of the catalog, and the scale-out network
 
 
 class ModelColumns(NamedTuple):
