@@ -102,10 +102,28 @@ def test_layers_share_what_they_learn_and_a_checkpoint_keeps_it():
 def test_a_run_off_drops_who_falls_behind():
     pace = {FLAT: 10.0, DEDUP: 10.2, CHUNKED: 30.0}
     runs = run_off([Choice(PLAN, exchange, "static") for exchange in pace], lambda c: pace[c.exchange])
-    assert [len(ms) for ms in runs] == [5, 5, 1]
+    assert [len(ms) for ms in runs] == [4, 4, 1], "nothing is left to be found out"
     cold = iter([50.0, 10.0, 10.0, 12.0, 10.0, 12.0, 10.0, 12.0, 10.0, 12.0])
     runs = run_off([Choice(PLAN, FLAT, "static"), Choice(PLAN, DEDUP, "static")], lambda c: next(cold))
     assert len(runs[0]) == 1, "out after the first round, whatever the reason"
+
+
+def test_noise_is_measured_longer_and_believed_less():
+    noise = np.random.default_rng(0)
+    pace = {FLAT: 10.0, DEDUP: 10.1}
+    runs = run_off(
+        [Choice(PLAN, exchange, "static") for exchange in pace],
+        lambda c: pace[c.exchange] * (1 + 0.1 * noise.uniform(-1, 1)),
+    )
+    assert max(len(ms) for ms in runs) > 4
+    experience, flat, dedup = Experience(), ("static", FLAT), ("static", DEDUP)
+    prices = {flat: 10.0, dedup: 10.0}
+    experience.learn(1.0, prices, {flat: [9.0, 12.0, 8.0, 10.0, 10.0], dedup: [9.0, 10.0, 7.0, 9.0, 9.0]})
+    assert experience.correction(1.0, dedup) > 0.91
+    experience.learn(1.0, prices, {flat: [12.0, 10.0, 10.0, 10.0], dedup: [12.0, 9.0, 9.0, 9.0]})
+    assert experience.correction(1.0, dedup) == pytest.approx(0.9)
+    assert experience.correction(1.0, flat) == pytest.approx(1.0)
+    assert experience.correction(3.0, dedup) == 1.0
 
 
 def test_contenders_are_the_best_of_each_kind():

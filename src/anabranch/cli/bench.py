@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anabranch.cli.bench_balance import BalanceBench
-from anabranch.cli.bench_codecs import bench_codecs
+from anabranch.cli.bench_codecs import bench_codecs, summary
 from anabranch.cli.bench_generate import Model, bench_generate, require_vllm, train_small
 from anabranch.cli.bench_kv import bench_kv, train_tiny
 from anabranch.cli.bench_planner import bench_planner
@@ -103,8 +103,8 @@ def cluster(
         bool, typer.Option("--quick", help="under 5 minutes: one topology, three workloads")
     ] = False,
     rounds: Annotated[
-        int, typer.Option(min=2, help="the most rounds of a cell; fewer where its ratios are clear before")
-    ] = 8,
+        int | None, typer.Option(min=2, help="the most rounds of a cell [default: 8, 5 with --quick]")
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=64, help="tokens of each of 4 ranks [default: 512, 256 with --quick]")
     ] = None,
@@ -120,7 +120,7 @@ def cluster(
     """
     require_json_file(json_file)
     grid = (quick_grid if quick else full_grid)(os.cpu_count() or 1).only(topology or [])
-    tokens = tokens or (256 if quick else 512)
+    tokens, rounds = tokens or (256 if quick else 512), rounds or (5 if quick else 8)
     cases = cases_of_model(tokens, max_mean, natural_trace(MODEL))
     book = Book(json_file, {"tokens": tokens, "rounds": rounds, "max_mean": max_mean, "model": MODEL})
     wanted = len(grid.labs) * len(grid.workloads)
@@ -156,14 +156,19 @@ def soak(
 def codecs(
     json_file: JsonFile = None,
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps of each run")] = 200,
+    seeds: Annotated[int, typer.Option(min=1, help="trainings with each codec")] = 5,
 ) -> None:
-    """Train once with each wire codec: its effect on the final validation loss, and on a gradient."""
+    """Train with each wire codec: its effect on the final validation loss, beside that of rounding alone."""
     require_json_file(json_file)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="anabranch-codecs-") as folder:
-        rows = list(bench_codecs(steps, Path(folder)))
-    columns = ("dispatch_wire", "combine_wire", "bytes_a_number", "eval_loss", "eval_loss_change_percent",
-               "gradient_relative_error", "gradient_cosine")  # fmt: skip
-    _report(rows, columns, json_file)
+        for row in bench_codecs(steps, seeds, Path(folder)):
+            rows.append(row)
+            # After each run: an interruption keeps what was measured.
+            write_results(json_file, rows, summary=summary(rows))
+    columns = ("transport", "dispatch_wire", "combine_wire", "seeds", "mean_change_percent", "spread_percent",
+               "margin_percent", "gradient_relative_error")  # fmt: skip
+    _report(summary(rows), columns, None)
 
 
 @bench.command()

@@ -1,13 +1,16 @@
 """`anabranch bench codecs`: what each wire codec does to the loss of a whole training, and to one gradient.
 
-Every run trains the same model on the same text in the same order with one transport, so that between them only
-the codec differs. Gradients are of one micro-batch at the weights of the uncompressed run.
+For each seed every run trains the same model on the same text in the same order with one transport, so that between
+them only the codec differs. One more run differs by rounding alone: its rows travel uncompressed by another exchange,
+which adds up in another order. Training amplifies any difference, so a codec's effect is judged beside that run's.
+Gradients are of one micro-batch at the weights of the first uncompressed run.
 """
 
 import heapq
 import inspect
+import statistics
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +31,68 @@ from anabranch.transport.codecs import CODECS, make_codec
 
 # (dispatch, combine): each codec both ways, and the finer one on the way back.
 PAIRS = [("none", "none"), *((name, name) for name in CODECS), ("int8", "bf16")]
-MODEL, RANKS, TRANSPORT = "tiny", 2, "dedup"
+MODEL, RANKS, TRANSPORT, OTHER_TRANSPORT = "tiny", 2, "dedup", "all_to_all"
 TOKENS = 2048
+# Of each seed: (transport, dispatch, combine), the uncompressed run first, then its twin.
+RUNS = [(TRANSPORT, *PAIRS[0]), (OTHER_TRANSPORT, *PAIRS[0]), *((TRANSPORT, *pair) for pair in PAIRS[1:])]
+# Two-sided 95 % of Student's t, by degrees of freedom.
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
-def bench_codecs(steps: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """A row a pair of codecs, as they are measured. The first is the uncompressed run."""
-    plain_loss: float | None = None
-    for dispatch, combine in PAIRS:
-        experts = AdaptiveSettings(transport=TRANSPORT, dispatch_wire=dispatch, combine_wire=combine)
-        out = folder / f"{dispatch}-{combine}"
-        config = RunConfig(
-            model=MODEL, ranks=RANKS, steps=steps, out=str(out), experts=experts, save_every=0, eval_every=0
-        )
-        loss = launch("train", config.to_dict(), RANKS)["eval_loss"]
-        plain_loss = plain_loss or loss
-        asked = {"model": str(folder / "none-none" / "model"), "dispatch": dispatch, "combine": combine}
-        error = launch("codec_gradients", asked, RANKS)
-        yield {
-            "model": MODEL,
-            "ranks": RANKS,
-            "steps": steps,
-            "transport": TRANSPORT,
-            "dispatch_wire": dispatch,
-            "combine_wire": combine,
-            "bytes_a_number": [_bytes_a_number(name) for name in (dispatch, combine)],
-            "eval_loss": round(loss, 5),
-            "eval_loss_change_percent": round(100 * (loss / plain_loss - 1), 3),
-            **error,
-        }
+def bench_codecs(steps: int, seeds: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """A row a run, as they are measured, all runs of one seed before the next seed's."""
+    for seed in range(seeds):
+        plain_loss: float | None = None
+        for transport, dispatch, combine in RUNS:
+            experts = AdaptiveSettings(transport=transport, dispatch_wire=dispatch, combine_wire=combine)
+            out = folder / f"{seed}-{transport}-{dispatch}-{combine}"
+            config = RunConfig(
+                model=MODEL, ranks=RANKS, steps=steps, out=str(out), experts=experts, save_every=0, eval_every=0,
+                seed=seed,
+            )  # fmt: skip
+            loss = launch("train", config.to_dict(), RANKS)["eval_loss"]
+            plain_loss = plain_loss or loss
+            first = folder / f"0-{TRANSPORT}-none-none" / "model"
+            asked = {"model": str(first), "transport": transport, "dispatch": dispatch, "combine": combine}
+            yield {
+                "model": MODEL,
+                "ranks": RANKS,
+                "steps": steps,
+                "seed": seed,
+                "transport": transport,
+                "dispatch_wire": dispatch,
+                "combine_wire": combine,
+                "bytes_a_number": [_bytes_a_number(name) for name in (dispatch, combine)],
+                "eval_loss": round(loss, 5),
+                "eval_loss_change_percent": round(100 * (loss / plain_loss - 1), 3),
+                **(launch("codec_gradients", asked, RANKS) if seed == 0 else {}),
+            }
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a kind of run, over its seeds: mean change of the loss, its spread, and the range the true mean lies in.
+
+    spread_percent: standard deviation over seeds; margin_percent: half the width of the 95 % interval of the mean,
+    None for one seed. The twin's row tells what rounding alone does.
+    """
+    found: list[dict[str, Any]] = []
+    for transport, dispatch, combine in RUNS[1:]:
+        wanted = {"transport": transport, "dispatch_wire": dispatch, "combine_wire": combine}
+        runs = [row for row in rows if wanted.items() <= row.items()]
+        changes = [row["eval_loss_change_percent"] for row in runs]
+        if not runs:
+            continue
+        spread = statistics.stdev(changes) if len(changes) > 1 else None
+        freedom = min(len(changes) - 1, len(T_95))
+        found.append({
+            **wanted,
+            "seeds": len(changes),
+            "mean_change_percent": round(statistics.mean(changes), 3),
+            "spread_percent": None if spread is None else round(spread, 3),
+            "margin_percent": None if spread is None else round(T_95[freedom - 1] * spread / len(changes) ** 0.5, 3),
+            "gradient_relative_error": runs[0].get("gradient_relative_error"),
+        })  # fmt: skip
+    return found
 
 
 def _bytes_a_number(name: str) -> float:
@@ -65,10 +101,10 @@ def _bytes_a_number(name: str) -> float:
 
 
 def codec_gradients_rank(settings: dict[str, Any]) -> dict[str, Any]:
-    """The job of one rank: how far the codecs move the gradient of one micro-batch, over all parameters."""
+    """The job of one rank: how far codecs and transport move the gradient of one micro-batch, over all parameters."""
     dist.init_process_group(dist.get_default_backend_for_device(device()))
-    plain = _gradients(settings["model"], "none", "none")
-    coded = _gradients(settings["model"], settings["dispatch"], settings["combine"])
+    plain = _gradients(settings["model"], TRANSPORT, "none", "none")
+    coded = _gradients(settings["model"], settings["transport"], settings["dispatch"], settings["combine"])
     difference = torch.sqrt(
         sum(((coded[n] - plain[n]).double().square().sum() for n in plain), torch.zeros(()))
     )
@@ -81,9 +117,9 @@ def codec_gradients_rank(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gradients(folder: str, dispatch: str, combine: str) -> dict[str, Tensor]:
+def _gradients(folder: str, transport: str, dispatch: str, combine: str) -> dict[str, Tensor]:
     """Whole gradients of one micro-batch of the standard library's text, which differs from rank to rank."""
-    anabranch.enable(transport=TRANSPORT, dispatch_wire=dispatch, combine_wire=combine)
+    anabranch.enable(transport=transport, dispatch_wire=dispatch, combine_wire=combine)
     sharding = DistributedConfig(fsdp_size=RANKS, ep_size=RANKS, ep_implementation=NAME)
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=sharding)
     text = inspect.getsource((heapq, textwrap)[dist.get_rank() % 2])

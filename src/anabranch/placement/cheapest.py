@@ -175,8 +175,8 @@ class CheapestChoice:
         known = [pair for pair in pairs if self.experience.knows(max_mean, pair)]
         pairs = [pair for pair in pairs if pair not in known[1:]]
         choices = [Choice(plans[planner], exchange, planner) for planner, exchange in pairs]
-        for pair, runs_ms in zip(pairs, run_off(choices, trial), strict=True):
-            self.experience.learn(max_mean, pair, priced[pair].predicted_ms, runs_ms)
+        runs_ms = dict(zip(pairs, run_off(choices, trial), strict=True))
+        self.experience.learn(max_mean, {pair: priced[pair].predicted_ms for pair in pairs}, runs_ms)
         self.review = tuple(
             c._replace(expected_ms=c.predicted_ms * self.experience.correction(max_mean, c.pair))
             for c in self.review

@@ -2,74 +2,97 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import median
-from typing import Any
+from statistics import fmean, median, stdev
+from typing import Any, NamedTuple
 
 from anabranch.placement.choice import Choice, Exchange, Trial
 
-# The fewest measured repetitions that tell two candidates apart, after one that warms up.
-REPEATS = 4
 # A candidate slower than the fastest by more than this is out: after its first run, which is cold, its second, its
 # third, any later one.
 FAR = (1.6, 1.2, 1.1)
 NEAR = 1.06
+# Warm runs of those that are left: more only where their times are not known within SETTLED, a standard error.
+LEAST, MOST = 3, 8
+SETTLED = 0.015
 # Loads whose max/mean lies within one such factor share what was learnt: errors of prices grow with the skew.
 BAND = 1.5
+# How far prices are off one from another, as a fraction, where no trial told (bench cluster: docs/log.md).
+PRICE_ERROR = 0.06
 
 Pair = tuple[str, Exchange]
 
 
-class Experience:
-    """Measured time over predicted time, by skew of the load, planner and exchange.
+class Lesson(NamedTuple):
+    """Of one pair under one band of loads: measured over predicted time, and the ratio's standard error."""
 
-    The layers of one group share one, so that only the first of them has to try. A pair that was never tried is
-    believed to be as far from its price as the others of its band are in the median.
+    ratio: float
+    error: float
+
+
+class Experience:
+    """What trials told, by skew of the load, planner and exchange.
+
+    The layers of one group share one, so that only the first of them has to try. Prices may all be too low or too
+    high, by the median ratio of a band; beyond it a pair's own ratio counts as far as its error is small beside that
+    of prices. On a noisy machine prices weigh more, on a quiet one trials; an untried pair has its price alone.
     """
 
     def __init__(self) -> None:
-        self._ratio: dict[tuple[int, Pair], float] = {}
+        self._lessons: dict[tuple[int, Pair], Lesson] = {}
         self.spent_ms = 0.0
         """What trials took, of all calls."""
 
     def knows(self, max_mean: float, pair: Pair) -> bool:
         """Whether the pair was tried under such a load."""
-        return (_band(max_mean), pair) in self._ratio
+        return (_band(max_mean), pair) in self._lessons
 
     def correction(self, max_mean: float, pair: Pair) -> float:
         """What the price of the pair is to be multiplied by."""
-        known = self._ratio.get((_band(max_mean), pair))
-        if known is not None:
-            return known
-        others = [ratio for (band, _), ratio in self._ratio.items() if band == _band(max_mean)]
-        return median(others) if others else 1.0
+        here = [lesson.ratio for (band, _), lesson in self._lessons.items() if band == _band(max_mean)]
+        if not here:
+            return 1.0
+        usual, own = median(here), self._lessons.get((_band(max_mean), pair))
+        if own is None:
+            return usual
+        trust = PRICE_ERROR**2 / (PRICE_ERROR**2 + own.error**2)
+        return usual * (own.ratio / usual) ** trust
 
-    def learn(self, max_mean: float, pair: Pair, predicted_ms: float, runs_ms: Sequence[float]) -> None:
-        """Take in what a pair took in a run-off, beside its price."""
-        self._ratio[_band(max_mean), pair] = _typical(runs_ms) / max(predicted_ms, 1e-9)
-        self.spent_ms += sum(runs_ms)
+    def learn(
+        self, max_mean: float, predicted_ms: Mapping[Pair, float], runs_ms: Mapping[Pair, Sequence[float]]
+    ) -> None:
+        """Take in a run-off beside the prices of the pairs that ran in it."""
+        # Those that dropped out early have too few runs to tell their own spread.
+        spreads = [_spread(runs) for runs in runs_ms.values() if len(runs) > LEAST]
+        spread = median(spreads) if spreads else PRICE_ERROR
+        for pair, runs in runs_ms.items():
+            ratio = _typical(runs) / max(predicted_ms[pair], 1e-9)
+            self._lessons[_band(max_mean), pair] = Lesson(ratio, spread / math.sqrt(max(1, len(runs) - 1)))
+            self.spent_ms += sum(runs)
 
     def state(self) -> list[list[Any]]:
         """As JSON holds it."""
         return [
-            [band, planner, *exchange, ratio] for (band, (planner, exchange)), ratio in self._ratio.items()
+            [band, planner, *exchange, *told] for (band, (planner, exchange)), told in self._lessons.items()
         ]
 
     def restore(self, state: Sequence[Sequence[Any]]) -> None:
         """Know, beside what is known, what another one's `state` tells."""
-        for band, planner, transport, chunks, ratio in state:
-            self._ratio[int(band), (str(planner), Exchange(str(transport), int(chunks)))] = float(ratio)
+        for band, planner, transport, chunks, ratio, error in state:
+            pair = (str(planner), Exchange(str(transport), int(chunks)))
+            self._lessons[int(band), pair] = Lesson(float(ratio), float(error))
 
 
 def run_off(choices: Sequence[Choice], trial: Trial) -> list[list[float]]:
     """ms of each run of each choice, interleaved; who falls behind clearly runs no more."""
     runs: list[list[float]] = [[] for _ in choices]
     racing = list(range(len(choices)))
-    for turn in range(REPEATS + 1):
+    for turn in range(MOST + 1):
         for place in racing:
             runs[place].append(trial(choices[place]))
         limit = min(_typical(runs[place]) for place in racing) * (FAR[turn] if turn < len(FAR) else NEAR)
         racing = [place for place in racing if _typical(runs[place]) <= limit]
-        if len(racing) == 1 and turn > 0:
+        settled = turn >= LEAST and all(_spread(runs[place]) < SETTLED * math.sqrt(turn) for place in racing)
+        if settled or (len(racing) == 1 and turn > 0):
             break
     return runs
 
@@ -90,6 +113,11 @@ def contenders(priced_ms: Mapping[Pair, float], within: float, most: int) -> lis
 def _typical(runs_ms: Sequence[float]) -> float:
     """The median but for the first run, which is cold."""
     return median(runs_ms[1:] or runs_ms)
+
+
+def _spread(runs_ms: Sequence[float]) -> float:
+    """Standard deviation of the warm runs over their mean."""
+    return stdev(runs_ms[1:]) / fmean(runs_ms[1:])
 
 
 def _band(max_mean: float) -> int:

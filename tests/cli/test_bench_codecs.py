@@ -1,0 +1,48 @@
+"""`bench codecs`: what is said of a codec beside rounding alone. The trainings themselves are the benchmark's."""
+
+import pytest
+
+from anabranch.cli.bench_codecs import OTHER_TRANSPORT, PAIRS, RUNS, TRANSPORT, summary
+
+
+def _rows(changes, seeds):
+    """changes: percent by (transport, codec), one a seed."""
+    return [
+        {
+            "transport": transport, "dispatch_wire": codec, "combine_wire": codec, "seed": seed,
+            "eval_loss_change_percent": by_seed[seed],
+            **({"gradient_relative_error": 0.01} if seed == 0 else {}),
+        }
+        for seed in range(seeds)
+        for (transport, codec), by_seed in changes.items()
+    ]  # fmt: skip
+
+
+CHANGES = {
+    (TRANSPORT, "none"): [0.0, 0.0, 0.0],
+    (OTHER_TRANSPORT, "none"): [0.3, -0.3, 0.0],
+    (TRANSPORT, "bf16"): [0.5, 0.1, 0.3],
+}
+
+
+def test_every_codec_runs_beside_a_twin_that_differs_by_rounding():
+    assert RUNS[:2] == [(TRANSPORT, "none", "none"), (OTHER_TRANSPORT, "none", "none")]
+    assert RUNS[2:] == [(TRANSPORT, *pair) for pair in PAIRS[1:]]
+
+
+def test_the_mean_over_seeds_has_a_margin():
+    twin, bf16 = summary(_rows(CHANGES, 3))
+    assert (twin["transport"], twin["mean_change_percent"], twin["spread_percent"]) == (
+        OTHER_TRANSPORT,
+        0.0,
+        0.3,
+    )
+    assert (bf16["dispatch_wire"], bf16["mean_change_percent"], bf16["seeds"]) == ("bf16", 0.3, 3)
+    assert bf16["margin_percent"] == pytest.approx(4.30 * 0.2 / 3**0.5, abs=1e-3)
+    assert bf16["gradient_relative_error"] == 0.01
+
+
+def test_one_seed_has_no_spread():
+    twin, bf16 = summary(_rows(CHANGES, 1))
+    assert (twin["spread_percent"], bf16["margin_percent"]) == (None, None)
+    assert summary([]) == []
