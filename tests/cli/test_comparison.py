@@ -10,7 +10,7 @@ FIRST = {
     "planner": "bounded", "steps": 3, "stopped_early": False, "first_loss": 5.7, "last_loss": 4.0,
     "eval_loss": 4.1234, "step_ms_median": 50.0, "tokens_per_s": 5120.0, "max_mean_before": 1.5,
     "max_mean_after": 1.05, "guests_per_step": 2.0, "token_mb_per_step": 1.0, "weight_mb_per_step": 0.5,
-    "joules_per_step": 0.4, "energy_source": "estimate", "losses": [5.7, 5.0, 4.0],
+    "joules_per_step": 0.4, "joules_per_token": 1e-3, "energy_source": "estimate", "losses": [5.7, 5.0, 4.0],
 }  # fmt: skip
 SECOND = FIRST | {
     "planner": "static", "step_ms_median": 60.0, "max_mean_after": 1.5, "losses": [5.7, 5.0, 4.004],

@@ -46,7 +46,7 @@ def test_a_terminal_shows_all_of_the_latest_step(clock):
     frame = shown(console)
     for part in (
         "bounded", "3/20", "━", "4.0000 (validation 4.8765)", "40,960", "1.457 -> 1.032", "guests", "7",
-        "12.30 MB rows + 4.50 MB weights", "6 J, estimated", "0:00:34",
+        "12.30 MB rows + 4.50 MB weights", "6 J, estimated from CPU seconds", "0:00:34",
     ):  # fmt: skip
         assert part in frame, part
     assert "5.4321" not in frame

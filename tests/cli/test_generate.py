@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from anabranch.cli.main import app
+from anabranch.telemetry.record import ENERGY_TOLD
 from anabranch.training.tokens import load_or_train_tokenizer
 
 SIZES: dict[str, Any] = {
@@ -70,6 +71,7 @@ def test_a_line_for_every_sample(folder: Path, prompts: Path) -> None:
     report = json.loads(result.stdout)
     assert (report["samples"], report["new_tokens"], report["failed_prompts"]) == (9, 108, 0)
     assert report["tokens_per_s"] > 0 and report["cpu_s_per_token"] > 0 and report["step"] == "native"
+    assert report["joules_per_token"] > 0 and report["energy_source"] in ENERGY_TOLD
 
 
 def test_both_steps_and_any_number_of_slots_give_the_same(folder: Path, prompts: Path) -> None:

@@ -229,3 +229,17 @@ def test_no_adaptive_layer_is_no_imbalance():
     step = _summed([], 20.0, 1.5, "rapl")
     assert (step.max_mean_before, step.max_mean_after, step.guests, step.layers) == (1.0, 1.0, 0, ())
     assert (step.joules, step.step_ms) == (1.5, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("whole_machine", "local_rank", "expected"), [(True, "0", 4.0), (True, "1", 0.0), (False, "1", 4.0)]
+)
+def test_one_rank_tells_what_its_whole_machine_used(monkeypatch, whole_machine, local_rank, expected):
+    readings = iter([1.0, 5.0])
+    meter = SimpleNamespace(source="rapl", whole_machine=whole_machine, joules=lambda: next(readings))
+    monkeypatch.setattr("anabranch.integrations.callback.open_meter", lambda asked: meter)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    balance = AdaptiveCallback()
+    balance.on_step_begin(None, None, None)
+    balance.on_step_end(None, None, None, model=torch.nn.Linear(1, 1))
+    assert balance.last.joules == expected

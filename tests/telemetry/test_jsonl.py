@@ -25,7 +25,9 @@ def steps_in(path):
 
 def test_a_line_is_a_step_record(tmp_path):
     path = run(tmp_path / "new" / "metrics.jsonl", [1, 2])
-    assert json.loads(path.read_text().splitlines()[1]) == asdict(step_record(2))
+    assert json.loads(path.read_text().splitlines()[1]) == asdict(step_record(2)) | {
+        "joules_per_token": 2.5 / 4096
+    }
 
 
 def test_layers_are_part_of_the_line(tmp_path):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.telemetry.test_record import layer_record, step_record
 
@@ -31,8 +32,9 @@ def test_every_field_of_a_step_is_a_scalar(tmp_path):
     assert shown["train/eval_loss"] == {2: 3.5}
     assert shown["balance/max_mean_after"] == {1: 1.0625, 2: 1.0625}
     assert shown["energy/joules_estimate"] == {1: 2.5, 2: 2.5}
+    assert shown["energy/joules_per_token_estimate"] == {step: pytest.approx(2.5 / 4096) for step in (1, 2)}
     names = {tag.split("/")[1].removesuffix("_estimate") for tag in shown}
-    assert names == set(vars(step_record(1))) - {"step", "energy_source"}
+    assert names == set(vars(step_record(1))) - {"step", "energy_source"} | {"joules_per_token"}
 
 
 def test_layers_have_their_balance(tmp_path):

@@ -119,7 +119,7 @@ def test_every_step_is_a_line(finished):
         assert row["max_mean_after"] <= row["max_mean_before"]
         assert row["token_bytes"] > 0
         assert row["step_ms"] > 0
-        assert row["joules"] >= 0
+        assert row["joules_per_token"] == row["joules"] / row["tokens"] >= 0
         assert [layer["layer"] for layer in row["layers"]] == [0, 1]
         # 256 tokens of 2 experts each, over two ranks.
         assert [layer["rows_mean"] for layer in row["layers"]] == [256, 256]

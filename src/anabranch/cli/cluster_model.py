@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from anabranch.integrations.transformers import NAME, AdaptiveEP, adaptive_layers
-from anabranch.telemetry.energy import EnergySource, open_meter
+from anabranch.telemetry.energy import open_meter
+from anabranch.telemetry.record import EnergySource
 
 
 class Timed(NamedTuple):
@@ -74,8 +75,8 @@ class StepModel:
         of_ranks = [torch.empty_like(told) for _ in range(dist.get_world_size())]
         dist.all_gather(of_ranks, told)
         joules = [float(t[1]) for t in of_ranks]
-        # RAPL counts the machine, so one rank's figure is all; estimates are each rank's own.
-        total = max(joules) if meter.source == "rapl" else sum(joules)
+        # All ranks are on this machine: where the meter counts all of it, one rank's figure is all.
+        total = max(joules) if meter.whole_machine else sum(joules)
         return Timed(float(took), [float(t[0]) for t in of_ranks], total, meter.source)
 
 

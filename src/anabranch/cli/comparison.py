@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from anabranch.telemetry.record import ENERGY_TOLD
+
 ROWS = (
     ("steps", "steps", "{:d}"),
     ("first loss", "first_loss", "{:.4f}"),
@@ -18,6 +20,7 @@ ROWS = (
     ("token MB a step", "token_mb_per_step", "{:.2f}"),
     ("weight MB a step", "weight_mb_per_step", "{:.2f}"),
     ("joules a step", "joules_per_step", "{:.2f}"),
+    ("joules a token", "joules_per_token", "{:.3g}"),
 )
 
 
@@ -35,8 +38,7 @@ def print_summaries(summaries: list[dict[str, Any]], out: str, console: Console 
         ratio = other["step_ms_median"] / summaries[0]["step_ms_median"]
         _line(console, f"{other['planner']} takes {ratio:.2f} times the step of {summaries[0]['planner']}; "
                        f"{_apart(summaries[0], other)}")  # fmt: skip
-    source = "measured by RAPL" if summaries[0]["energy_source"] == "rapl" else "estimated from CPU seconds"
-    _line(console, f"joules {source}; written to {out}")
+    _line(console, f"joules {ENERGY_TOLD[summaries[0]['energy_source']]}; written to {out}")
 
 
 def _apart(one: dict[str, Any], other: dict[str, Any]) -> str:

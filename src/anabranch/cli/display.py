@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from anabranch.telemetry.record import LayerRecord, StepRecord
+from anabranch.telemetry.record import ENERGY_TOLD, LayerRecord, StepRecord
 
 # Off a terminal a line every so many seconds is enough to see that the run lives.
 LINE_EVERY_S = 10.0
@@ -54,14 +54,13 @@ class RunDisplay:
 
     def _facts(self, record: StepRecord, now_s: float) -> dict[str, str]:
         evaluated = "" if self._eval_loss is None else f" (validation {self._eval_loss:.4f})"
-        source = "measured by RAPL" if record.energy_source == "rapl" else "estimated"
         return {
             "loss": f"{record.loss:.4f}{evaluated}",
             "tokens/s": f"{record.tokens_per_s:,.0f}",
             "rank max/mean": f"{record.max_mean_before:.3f} -> {record.max_mean_after:.3f}",
             "guests": str(record.guests),
             "wire": f"{record.token_bytes / 1e6:,.2f} MB rows + {record.weight_bytes / 1e6:,.2f} MB weights",
-            "energy": f"{self._joules:,.0f} J, {source}",
+            "energy": f"{self._joules:,.0f} J, {ENERGY_TOLD[record.energy_source]}",
             "ETA": self._eta(record.step, now_s),
         }
 

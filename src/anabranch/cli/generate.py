@@ -25,6 +25,7 @@ from anabranch.serving.batch.prompts import encode, read_prompts, tokens_of
 from anabranch.serving.batch.records import FailureRecord, OutputFile, Record, SampleRecord, VoteRecord
 from anabranch.serving.engine import Engine, EngineSettings
 from anabranch.serving.loading import Loaded, load
+from anabranch.telemetry.energy import EnergyMeter, open_meter
 from anabranch.training.checkpoints import difference
 from anabranch.training.folder import write_json
 
@@ -152,7 +153,7 @@ def _run(batch: Batch, prompts: list[tuple[int, ...]], output: OutputFile, out: 
         else:
             over.add(record.prompt)
     new: list[Record] = []
-    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    wall_s, cpu_s, meter = time.perf_counter(), time.process_time(), open_meter()
 
     def keep(records: list[Record]) -> None:
         output.write(records)
@@ -170,17 +171,20 @@ def _run(batch: Batch, prompts: list[tuple[int, ...]], output: OutputFile, out: 
                 if records := batch.advance():
                     keep(records)
                 display.update(batch.open, batch.new_tokens)
+                meter.joules()  # often, for a counter may wrap
     except KeyboardInterrupt:
         say(f"finished samples are in {out}; go on with --resume")
         raise
-    return _report(batch, new, time.perf_counter() - wall_s, time.process_time() - cpu_s)
+    return _report(batch, new, time.perf_counter() - wall_s, time.process_time() - cpu_s, meter)
 
 
-def _report(batch: Batch, new: list[Record], wall_s: float, cpu_s: float) -> dict[str, Any]:
+def _report(
+    batch: Batch, new: list[Record], wall_s: float, cpu_s: float, meter: EnergyMeter
+) -> dict[str, Any]:
     """Of this run alone, not of one that it goes on from."""
     votes = [r for r in new if isinstance(r, VoteRecord)]
     failures = [r for r in new if isinstance(r, FailureRecord)]
-    tally, tokens = batch.engine.scheduler.tally, batch.new_tokens
+    tally, tokens, joules = batch.engine.scheduler.tally, batch.new_tokens, meter.joules()
     return {
         "samples": sum(isinstance(r, SampleRecord) for r in new),
         "votes": len(votes),
@@ -190,6 +194,8 @@ def _report(batch: Batch, new: list[Record], wall_s: float, cpu_s: float) -> dic
         "wall_s": wall_s,
         "tokens_per_s": tokens / wall_s,
         "cpu_s_per_token": cpu_s / tokens if tokens else None,
+        "joules_per_token": joules / tokens if tokens else None,
+        "energy_source": meter.source,
         "cancelled_samples": sum(v.cancelled for v in votes),
         "saved_tokens": sum(v.saved_tokens for v in votes),
         "preempted": tally.preempted,

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from anabranch.cli.display import LINE_EVERY_S
+from anabranch.telemetry.record import ENERGY_TOLD
 
 
 class GenerationDisplay:
@@ -48,6 +49,9 @@ def print_report(report: dict[str, Any], out: str) -> None:
         f"{report['samples']} samples, {report['new_tokens']:,} tokens in {report['wall_s']:.1f} s "
         f"({report['tokens_per_s']:,.0f} tokens/s, step {report['step']}), in {out}"
     )
+    if report["joules_per_token"] is not None:
+        told = ENERGY_TOLD[report["energy_source"]]
+        typer.echo(f"{report['joules_per_token']:.3g} joules a token, {told}")
     if report["votes"]:
         typer.echo(
             f"{report['votes']} votes: {report['cancelled_samples']} samples cancelled, "

@@ -53,6 +53,9 @@ EvalEvery = Annotated[int, typer.Option(help="steps between evaluations; 0 for o
 MaxBytes = Annotated[int, typer.Option(help="the most text read")]
 Cache = Annotated[str, typer.Option(help="folder for tokenizers and token streams")]
 TimeoutS = Annotated[int, typer.Option(help="seconds that ranks wait for each other")]
+Meter = Annotated[
+    str, typer.Option(help="of energy: auto, rapl, zeus, neuron:WATTS or another of docs/energy.md")
+]
 Compare = Annotated[str | None, typer.Option(help="another planner to run too, on the same data")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the last complete checkpoint")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run in the folder")]
@@ -97,6 +100,7 @@ def train(
     max_bytes: MaxBytes = 24_000_000,
     cache: Cache = "~/.cache/anabranch",
     timeout_s: TimeoutS = 600,
+    meter: Meter = "auto",
     compare: Compare = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -111,7 +115,7 @@ def train(
             model=model, data=tuple(data or ("stdlib",)), out=out, ranks=ranks, ep_size=ep_size,
             experts=settings, steps=steps, batch_size=batch_size, sequence_length=sequence_length,
             learning_rate=learning_rate, dtype=dtype, seed=seed, save_every=save_every,
-            eval_every=eval_every, max_bytes=max_bytes, cache=cache, timeout_s=timeout_s, resume=resume,
+            eval_every=eval_every, max_bytes=max_bytes, cache=cache, timeout_s=timeout_s, meter=meter, resume=resume,
             overwrite=overwrite,
         )  # fmt: skip
         origin = usable_origin(config)

@@ -22,7 +22,7 @@ PRODUCT_ROWS = 1024
 COPY_BYTES = 64 << 20
 MEASURE_S = 0.25  # each of the two
 # Watts of a core under load, memory and fans left out: thermal design power over cores of server processors, from AMD
-# EPYC 9654 (360/96) to Intel Xeon 8375C (300/32); as in telemetry/energy.py.
+# EPYC 9654 (360/96) to Intel Xeon 8375C (300/32); as in telemetry/energy/estimate.py.
 CORE_W = (3.8, 9.4)
 
 

@@ -3,6 +3,7 @@
 Shape suffixes: R ranks of the world, C calls of adaptive layers in one step, F figures of a call.
 """
 
+import os
 import time
 import warnings
 from itertools import chain
@@ -87,13 +88,14 @@ class AdaptiveCallback(TrainerCallback):
     callbacks=[AdaptiveCallback(), TensorBoardCallback()]`.
 
     Collective: pass it to the Trainer on every rank. Warns once where `slots` are too few for a plan's cap.
-    Raises ConfigError where the Trainer does not know that there are several ranks.
+    meter: of energy, as `telemetry.energy.open_meter` takes it. Raises ConfigError where that cannot be opened, or the
+    Trainer does not know that there are several ranks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, meter: str = "auto") -> None:
         self.last: StepBalance | None = None
         self._watch = LayerWatch()
-        self._meter = open_meter()
+        self._meter = open_meter(meter)
         self._started_s = 0.0
         self._joules = 0.0
         self._warned = False
@@ -127,6 +129,8 @@ class AdaptiveCallback(TrainerCallback):
             torch.accelerator.synchronize(accelerator)  # the step's kernels may still run
         step_ms = 1e3 * (time.perf_counter() - self._started_s)
         joules = self._meter.joules() - self._joules
+        if self._meter.whole_machine and not _first_of_machine():
+            joules = 0.0  # another rank tells it
         self.last = _summed(self._watch.seen, step_ms, joules, self._meter.source)
         limited = any(
             layer.settings.planner == "bounded" for layer in adaptive_layers(kwargs["model"]).values()
@@ -151,10 +155,15 @@ class AdaptiveCallback(TrainerCallback):
             state.log_history[-1].update(figures)
 
 
+def _first_of_machine() -> bool:
+    """One rank a machine; of a launcher that numbers no local ranks, rank 0 alone."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
 def _summed(seen: list[Seen], step_ms: float, joules: float, source: EnergySource) -> StepBalance:
     """Over all ranks, and so over all groups that share experts: a layer's fullest rank may be in any.
 
-    Estimated joules are added over ranks; a RAPL counter already covers the whole machine.
+    joules: this rank's share of all.
     """
     calls_RCF, joules_R = _of_all_ranks([_figures(s.observation) for s in seen], joules)
     before_C, after_C, unfit_C = calls_RCF[:, :, :3].max(axis=0).T
@@ -187,7 +196,7 @@ def _summed(seen: list[Seen], step_ms: float, joules: float, source: EnergySourc
         weight_bytes=sum(layer.weight_bytes for layer in layers),
         plan_ms=sum(layer.plan_ms for layer in layers),
         step_ms=step_ms,
-        joules=joules if source == "rapl" else float(joules_R.sum()),
+        joules=float(joules_R.sum()),
         energy_source=source,
         layers=layers,
     )

@@ -1,4 +1,5 @@
-"""Step records as JSON lines: one object a step, the fields of `StepRecord`, plus `layers` where logged."""
+"""Step records as JSON lines: one object a step, the fields of `StepRecord` and joules_per_token, and `layers` where
+logged."""
 
 import json
 import math
@@ -31,7 +32,7 @@ class JsonlSink:
         self._file = path.open("ab", buffering=0)
 
     def write(self, record: StepRecord, layers: Sequence[LayerRecord] = ()) -> None:
-        fields: dict[str, object] = _finite(asdict(record))
+        fields: dict[str, object] = _finite(asdict(record) | {"joules_per_token": record.joules_per_token})
         if layers:
             fields["layers"] = [_finite(layer._asdict()) for layer in layers]
         line = (json.dumps(fields, allow_nan=False) + "\n").encode()

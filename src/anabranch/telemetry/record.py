@@ -1,9 +1,19 @@
 """What one training step and one of its layers report."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-EnergySource = Literal["rapl", "estimate"]
+EnergySource = Literal["rapl", "zeus", "neuron", "model", "estimate"]
+
+# What stands behind a number of joules, to be read after "joules".
+ENERGY_TOLD: Mapping[str, str] = {
+    "rapl": "measured by RAPL",
+    "zeus": "measured by the GPUs, through zeus",
+    "neuron": "estimated from Neuron's power percentage",
+    "model": "estimated from watts of a chip",
+    "estimate": "estimated from CPU seconds",
+}
 
 
 class LayerRecord(NamedTuple):
@@ -39,8 +49,8 @@ class StepRecord:
     """One optimizer step of the whole run: all ranks, layers and micro-batches of it.
 
     max_mean_before and max_mean_after are rank max/mean, averaged over layers and micro-batches; guests,
-    bytes and plan_ms are sums. joules is what the step used on this machine, and energy_source whether
-    that was measured ("rapl") or estimated ("estimate"). eval_loss is None but after an evaluation.
+    bytes and plan_ms are sums. joules is what the step used, and energy_source who says so (`ENERGY_TOLD`). eval_loss
+    is None but after an evaluation.
     """
 
     step: int
@@ -59,3 +69,8 @@ class StepRecord:
     learning_rate: float
     grad_norm: float
     eval_loss: float | None = None
+
+    @property
+    def joules_per_token(self) -> float:
+        """Of the trained tokens."""
+        return self.joules / self.tokens if self.tokens else 0.0

@@ -41,6 +41,7 @@ class TensorboardSink:
         fields = asdict(record)
         scalars = {f"{group}/{name}": fields[name] for group, names in _GROUPS.items() for name in names}
         scalars[f"energy/joules_{record.energy_source}"] = record.joules
+        scalars[f"energy/joules_per_token_{record.energy_source}"] = record.joules_per_token
         for layer in layers:
             name = f"layer_{layer.layer:03d}"
             scalars[f"{name}/max_mean_before"] = layer.max_mean_before

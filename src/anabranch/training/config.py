@@ -6,6 +6,7 @@ from typing import Any
 
 from anabranch.errors import ConfigError
 from anabranch.integrations.transformers import AdaptiveSettings
+from anabranch.telemetry.energy import check_meter
 from anabranch.training.folder import RunFolder, require_folder
 
 DTYPES = ("float32", "bfloat16")
@@ -54,6 +55,8 @@ class RunConfig:
     trace_every: int = 0
     # Record each token's experts too.
     trace_ids: bool = False
+    # Of energy: "auto" (RAPL where it may be read, else CPU seconds), "rapl", "zeus", "neuron:WATTS", ...
+    meter: str = "auto"
     # Go on from the last complete checkpoint in `out`.
     resume: bool = False
     # Replace the run in `out`.
@@ -77,6 +80,7 @@ class RunConfig:
             )
         if self.dtype not in DTYPES:
             raise ConfigError(f"{self.dtype!r} is unknown; use {' or '.join(DTYPES)}", setting="dtype")
+        check_meter(self.meter)
         self._check_ep_size()
         require_folder("cache", Path(self.cache).expanduser())
         self.folder.check(self.identity(), resume=self.resume, overwrite=self.overwrite)

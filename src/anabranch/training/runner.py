@@ -172,7 +172,7 @@ def _train(
 ) -> RunSummary:
     folder = config.folder
     trace = TraceRecorder(folder.trace, every=config.trace_every, ids=config.trace_ids)
-    balance = AdaptiveCallback()
+    balance = AdaptiveCallback(config.meter)
     with ExitStack() as closers:
         recorder = _recorder(config, balance, data, checkpoint, watchers, closers)
         trainer = AdaptiveTrainer(

@@ -38,6 +38,7 @@ class RunSummary:
     token_mb_per_step: float
     weight_mb_per_step: float
     joules_per_step: float
+    joules_per_token: float
     energy_source: str
     losses: tuple[float, ...]
 
@@ -74,6 +75,7 @@ def summarise(
         token_mb_per_step=mean("token_bytes") / 1e6,
         weight_mb_per_step=mean("weight_bytes") / 1e6,
         joules_per_step=mean("joules"),
+        joules_per_token=mean("joules_per_token"),
         energy_source=records[0].energy_source,
         losses=tuple(record.loss for record in records),
     )

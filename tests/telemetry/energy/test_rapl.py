@@ -1,10 +1,8 @@
-"""Meters: RAPL against a fake sysfs tree, wrap-around included, and the estimate where it cannot be read."""
-
-import time
+"""RAPL against a fake sysfs tree, wrap-around included."""
 
 import pytest
 
-from anabranch.telemetry.energy import CORE_POWER_W, EstimateMeter, RaplMeter, open_meter
+from anabranch.telemetry.energy.rapl import RaplMeter
 
 RANGE_UJ = 262_143_328_850
 
@@ -43,26 +41,3 @@ def test_rapl_goes_on_when_a_counter_wraps(powercap):
     assert meter.joules() == pytest.approx(6.0)
     set_uj(powercap, "0", 3_000_000)
     assert meter.joules() == pytest.approx(7.0)
-
-
-def test_the_meter_is_rapl_where_it_can_be_read(powercap):
-    assert open_meter(powercap).source == "rapl"
-
-
-def test_the_meter_is_the_estimate_without_rapl(tmp_path):
-    assert open_meter(tmp_path / "powercap").source == "estimate"
-
-
-def test_the_meter_is_the_estimate_where_rapl_is_for_root_only(powercap, monkeypatch):
-    def refuse(file):
-        raise PermissionError(file)
-
-    monkeypatch.setattr("anabranch.telemetry.energy._number", refuse)
-    assert open_meter(powercap).source == "estimate"
-
-
-def test_the_estimate_is_cpu_seconds_times_watts(monkeypatch):
-    monkeypatch.setattr(time, "process_time", iter([10.0, 10.0, 12.5]).__next__)
-    meter = EstimateMeter()
-    assert meter.joules() == 0.0
-    assert meter.joules() == 2.5 * CORE_POWER_W
