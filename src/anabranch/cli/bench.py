@@ -17,6 +17,7 @@ from anabranch.cli.bench_kv import bench_kv, train_tiny
 from anabranch.cli.bench_planner import bench_planner
 from anabranch.cli.bench_soak import bench_soak
 from anabranch.cli.bench_store import bench_store
+from anabranch.cli.bench_validation import validation
 from anabranch.cli.cluster_book import Book
 from anabranch.cli.cluster_grid import MODEL, Measuring, cases_of_model, full_grid, measure, quick_grid
 from anabranch.cli.cluster_verdict import verdict
