@@ -1,4 +1,4 @@
-"""Print the README's tables from benchmark files: `python benchmarks/table.py balance FILE` or `planner FILE`.
+"""Print the README's tables from benchmark files: `python benchmarks/table.py KIND FILE`, KIND of `TABLES`.
 
 `tests/test_readme.py` holds the README to exactly this output for the committed results.
 """
@@ -45,17 +45,42 @@ def planner_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def validation_table(result: dict[str, Any]) -> str:
+    """Errors on published runs that the model has not seen, beside simpler models and harder questions."""
+    summary = result["summary"]
+    lines = [
+        "| predicted by | mean error, % | median, % | 90 of 100 below, % | in the 90 % interval |",
+        "|---|---|---|---|---|",
+    ]
+    rows = {
+        "**the calibrated model**": summary,
+        "the same, no run of the same model seen": summary["leave_one_model_out"],
+        "the same, no run on the same chip seen": summary["leave_one_hardware_out"],
+        "one utilisation for all": summary["baselines"]["constant_mfu"],
+    }
+    for name, row in rows.items():
+        covered = f"{row['coverage90']:.0%}" if "coverage90" in row else ""
+        lines.append(
+            f"| {name} | {row['mape_pct']:.1f} | {row['median_pct']:.1f} | {row['p90_pct']:.1f} | {covered} |"
+        )
+    return "\n".join(lines)
+
+
 def machine_line(result: dict[str, Any]) -> str:
     """Where a result was measured."""
     m = result["machine"]
     return f"{m['cpu']}, {m['cores']} cores, torch {m['torch']}, transformers {m['transformers']}"
 
 
+TABLES = {
+    "balance": lambda result: balance_table(result, 2),
+    "planner": planner_table,
+    "validation": validation_table,
+}
+
+
 def tables(kind: str, file: Path) -> str:
-    result = json.loads(file.read_text())
-    if kind == "planner":
-        return planner_table(result)
-    return balance_table(result, 2)
+    return TABLES[kind](json.loads(file.read_text()))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def _table_module() -> Any:
     return module
 
 
-@pytest.mark.parametrize("kind", ["balance", "planner"])
+@pytest.mark.parametrize("kind", ["balance", "planner", "validation"])
 def test_tables_are_the_committed_results(kind: str) -> None:
     assert _table_module().tables(kind, ROOT / "benchmarks" / "results" / f"{kind}.json") in README
 
@@ -57,3 +57,8 @@ def test_example_runs(ranks2: RankPool, tmp_path: Path) -> None:
     before = float(Qwen3MoeForCausalLM.from_pretrained(tmp_path / "moe").lm_head.weight.abs().sum())
     first, second = ranks2.run(_run_example, block, str(tmp_path))
     assert first == second != [before], "both ranks hold the same trained weights"
+
+
+def test_the_page_on_steps_has_the_committed_table() -> None:
+    results = ROOT / "benchmarks" / "results" / "validation.json"
+    assert _table_module().tables("validation", results) in (ROOT / "docs" / "steps.md").read_text()

@@ -37,6 +37,7 @@ bench = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
+bench.command()(validation)
 
 GENERATE_COLUMNS = (
     "model", "engine", "dtype", "kv_dtype", "batch", "samples", "prompt_tokens", "new_tokens", "tokens_per_s", "spread",

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.results import require_json_file, write_results
-
 from anabranch.costs.training.published import TABLE, Unusable, read_published
 from anabranch.costs.training.validation import (
     Scored,
@@ -29,7 +28,9 @@ from anabranch.planner.search import layouts_per_s
 
 @fails_clearly
 def validation(
-    json_file: Annotated[Path | None, typer.Option("--json", help="write {rows, summary} to this file")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write {rows, summary} to this file")
+    ] = None,
     table: Annotated[
         Path | None, typer.Option(help="another table in the form of the published one, scored by its rows")
     ] = None,
