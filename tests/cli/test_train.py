@@ -155,6 +155,53 @@ def test_every_option_reaches_the_run(invoke, launched, toy_model, toy_text, tmp
     ]  # fmt: skip
 
 
+def test_a_plan_sets_what_the_command_line_does_not(invoke, launched, toy_model, tmp_path):
+    plan = tmp_path / "plan.json"
+    settings = {
+        "model": str(toy_model),
+        "ranks": 2,
+        "ep_size": 1,
+        "batch_size": 3,
+        "planner": "exact",
+        "steps": 9,
+    }
+    plan.write_text(json.dumps({"anabranch_plan": 1, "train": settings}))
+    assert invoke("train", "--out", tmp_path / "run", "--plan", plan, "--steps", 4).exit_code == 0
+    assert launched == [
+        RunConfig(
+            model=str(toy_model), out=str(tmp_path / "run"), ranks=2, ep_size=1, batch_size=3, steps=4,
+            experts=AdaptiveSettings("exact"),
+        )
+    ]  # fmt: skip
+
+
+def test_a_plan_that_is_none_is_one_line(invoke, launched, tmp_path):
+    result = invoke("train", "--out", tmp_path / "run", "--plan", tmp_path / "none.json")
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error plan: ")
+    assert launched == []
+
+
+def test_a_plan_for_this_machine_starts_a_run(toy_model, toy_text, tmp_path):
+    plan = tmp_path / "plan.json"
+    planned = command(
+        *("plan", "--model", toy_model, "--cluster", "cpu:1", "--tokens", 4096, "--seq-len", 32),
+        *("--global-batch", 4, "--policy", "bounded", "--emit", plan),
+    )
+    assert planned.returncode == 0, planned.stderr
+    # The plan is of one chip, this machine; two processes share it.
+    ran = command(
+        *("train", "--plan", plan, "--ranks", 2, "--ep-size", 2, "--steps", 3, "--data", toy_text),
+        *("--out", tmp_path / "run", "--cache", tmp_path / "cache", "--save-every", 0, "--json"),
+    )
+    assert ran.returncode == 0, ran.stderr
+    (summary,) = json.loads(ran.stdout)
+    assert (summary["planner"], summary["steps"]) == ("bounded", 3)
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (kept["sequence_length"], kept["batch_size"], kept["dtype"]) == (32, 4, "float32")
+
+
 def test_the_defaults_are_those_of_a_run(invoke, launched, tmp_path):
     invoke("train", "--out", tmp_path / "run")
     assert launched == [RunConfig(out=str(tmp_path / "run"))]

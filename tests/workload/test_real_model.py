@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from anabranch.workload.blocks import Kernels
-from anabranch.workload.hf_config import read_config, shape_from_config, shipped_shapes
+from anabranch.workload.hf_config import read_config, read_shape, shape_from_config, shipped_shapes
 from anabranch.workload.shape import ModelShape
 
 # What a parameter belongs to, by its name in any family; the first that fits counts.
@@ -62,6 +62,15 @@ def test_parameters(name):
     assert shape.params == sum(real.values())
     if shape.experts:
         assert shape.expert_params * shape.experts.count * shape.moe_layers == real["experts"]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in TOYS if not name.startswith("deepseek")]
+)  # mtp: absent is 0
+def test_a_config_that_transformers_has_saved_is_the_same(tmp_path, name):
+    known = {field: value for field, value in toy(name).items() if field not in ("name", "source")}
+    AutoConfig.for_model(**known).save_pretrained(tmp_path)
+    assert read_shape(tmp_path) == shape_from_config(toy(name))
 
 
 @pytest.mark.parametrize("name", TOYS)

@@ -14,6 +14,7 @@ from anabranch.errors import ConfigError
 from anabranch.hardware.catalog import Catalog, load_catalog
 from anabranch.hardware.instance import Cluster
 from anabranch.planner.answer import Question, answer
+from anabranch.planner.launch import train_settings, write_launch
 from anabranch.planner.outcome import Terms
 from anabranch.planner.search import Request
 from anabranch.planner.space import divisors
@@ -30,6 +31,7 @@ STEP_TOKENS = (
 # The trainer that published runs of a family of chips have used, and of all others.
 SOFTWARE = {"trainium": "nxd"}
 USUAL_SOFTWARE = "megatron-bridge"
+OWN_SOFTWARE = "anabranch"
 
 Model = Annotated[str, typer.Option(help="a shipped shape, a config.json, or a folder with one")]
 ClusterNames = Annotated[
@@ -57,6 +59,10 @@ Compare = Annotated[
     tuple[str, str] | None,
     typer.Option(help="two instances or clusters: what the first saves over the second"),
 ]
+Emit = Annotated[
+    Path | None,
+    typer.Option(help="write a plan for `anabranch train --plan`, of the layouts that it can run"),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="write the answer as JSON; - for stdout")]
 Explain = Annotated[bool, typer.Option("--explain", help="every assumption, with its source")]
 
@@ -76,20 +82,27 @@ def plan(
     catalog: CatalogFile = None,
     calibration: CalibrationFile = SHIPPED,
     compare: Compare = None,
+    emit: Emit = None,
     json_file: JsonFile = None,
     explain: Explain = False,
 ) -> None:
     """The fastest layout that fits, with its time, memory, dollars and energy, each with intervals."""
     given = {"tokens": tokens, "seq_len": seq_len, "global_batch": global_batch, "precision": precision,
              "basis": basis, "utilisation": utilisation}  # fmt: skip
-    known, work = (
-        load_catalog(catalog),
-        Work(read_shape(model), _number(tokens or TOKENS), seq_len, global_batch, precision),
+    known = load_catalog(catalog)
+    length = SEQ_LEN if seq_len is None else seq_len
+    work = Work(
+        read_shape(model),
+        _number(tokens or TOKENS),
+        length,
+        precision,
+        Policy(policy),
+        by_train=emit is not None,
     )
     names, pair = _names(cluster, compare)
     clusters, compared = [known.cluster(name) for name in names], [known.cluster(name) for name in pair]
-    skew, origin = _skew(work, [*clusters, *compared], policy, histogram)
-    batch = global_batch or _usual_batch(clusters[0].chips, work.length)
+    skew, origin = _skew(work, [*clusters, *compared], histogram)
+    batch = _usual_batch(clusters[0].chips, work.seq_len) if global_batch is None else global_batch
     first, *others = (work.on(one, batch, skew) for one in [*clusters, *compared])
     question = Question(
         model, first, _terms(known, basis, utilisation), origin,
@@ -97,6 +110,9 @@ def plan(
         tuple(others[: len(clusters) - 1]), (others[-2], others[-1]) if compared else None,
     )  # fmt: skip
     found = answer(question, load_calibration(calibration))
+    if emit is not None:
+        layout, steps = found.found.best.layout, found.found.request.steps
+        write_launch(emit, train_settings(layout, _here(model), steps, policy), found.to_dict())
     if json_file is not None:
         _write(json_file, json.dumps(found.to_dict(), indent=1))
     if json_file != Path("-"):
@@ -108,20 +124,20 @@ class Work(NamedTuple):
 
     shape: ModelShape
     tokens: float
-    seq_len: int | None
-    global_batch: int | None
+    seq_len: int
     precision: str | None
-
-    @property
-    def length(self) -> int:
-        return SEQ_LEN if self.seq_len is None else self.seq_len
+    policy: Policy
+    by_train: bool
 
     def on(self, cluster: Cluster, batch: int, skew: dict[int, float]) -> Request:
         chip = cluster.chip
         usual = "bf16" if "bf16" in chip.precisions else chip.precisions[0]
-        software = Software(family=SOFTWARE.get(chip.family, USUAL_SOFTWARE))
+        trainer = OWN_SOFTWARE if self.by_train else SOFTWARE.get(chip.family, USUAL_SOFTWARE)
         precision = cast("Precision", self.precision or usual)  # the request refuses what is none
-        return Request(self.shape, cluster, self.tokens, self.length, batch, precision, software, skew)
+        return Request(
+            self.shape, cluster, self.tokens, self.seq_len, batch, precision, Software(family=trainer), skew,
+            guest_slots=0 if self.policy.planner == "static" else self.policy.slots, by_train=self.by_train,
+        )  # fmt: skip
 
 
 def _names(cluster: list[str] | None, compare: tuple[str, str] | None) -> tuple[list[str], tuple[str, ...]]:
@@ -153,27 +169,29 @@ def _terms(known: Catalog, basis: str | None, utilisation: float | None) -> Term
     return Terms(known.figure("pue"), known.figure("electricity"), basis, occupancy)
 
 
-def _skew(
-    work: Work, clusters: list[Cluster], policy: str, file: Path | None
-) -> tuple[dict[int, float], str]:
+def _skew(work: Work, clusters: list[Cluster], file: Path | None) -> tuple[dict[int, float], str]:
     """Max over mean by expert-parallel degree, and where it is from."""
     experts, chips = work.shape.experts, max(cluster.chips for cluster in clusters)
-    placed = Policy(policy)
-    placed.build()  # says what is wrong with its name
+    work.policy.build()  # says what is wrong with its name
     if experts is None:
         return {1: 1.0}, "the model has no experts"
     popularity = natural_histogram(experts.count) if file is None else read_histogram(file)
     degrees = [degree for degree in divisors(experts.count) if degree <= chips]
-    tokens = max(1, work.length)  # of a micro-batch of one sequence
+    tokens = max(1, work.seq_len)  # of a micro-batch of one sequence
     skew = rank_skew(
         degrees,
         experts=experts.count,
         top_k=experts.top_k,
         tokens=tokens,
-        policy=placed,
+        policy=work.policy,
         histogram=popularity,
     )
-    return skew, f"{policy} placement of {popularity.resampled(experts.count).source}"
+    return skew, f"{work.policy.planner} placement of {popularity.resampled(experts.count).source}"
+
+
+def _here(model: str) -> str:
+    """A file or folder by its full path: a plan may be used elsewhere."""
+    return str(Path(model).absolute()) if Path(model).exists() else model
 
 
 def _write(file: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from anabranch.costs.calibrate import Calibration
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.integrations.transformers import AdaptiveSettings
 from anabranch.placement.policy import make_planner
+from anabranch.planner.launch import read_launch
 from anabranch.training.agreement import is_first, join, leave, on_all_ranks, require_equal
 from anabranch.training.config import RunConfig
 from anabranch.training.folder import write_json
@@ -28,6 +29,21 @@ from anabranch.training.runner import run, usable_origin
 
 PLANNERS = "bounded, exact, static, least_loaded, periodic_replication, or auto"
 
+
+@fails_clearly
+def plan_settings(context: typer.Context, plan: Path | None) -> Path | None:
+    """Settings of a plan stand in for defaults: what is given on the command line goes before."""
+    if plan is not None:
+        context.default_map = {**(context.default_map or {}), **read_launch(plan)}
+    return plan
+
+
+Plan = Annotated[
+    Path | None,
+    typer.Option(
+        is_eager=True, callback=plan_settings, help="settings from `anabranch plan --emit`; others go before"
+    ),
+]
 Model = Annotated[str, typer.Option(help="tiny, tiny8, small, or a configuration or checkpoint folder")]
 Data = Annotated[list[str] | None, typer.Option(help="stdlib, or text files and folders [default: stdlib]")]
 Out = Annotated[str, typer.Option(help="folder for everything the run writes")]
@@ -105,6 +121,7 @@ def train(
     resume: Resume = False,
     overwrite: Overwrite = False,
     json_out: Json = False,
+    plan: Plan = None,
 ) -> None:
     """Train a Mixture-of-Experts model on text, over several processes."""
 

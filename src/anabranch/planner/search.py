@@ -15,7 +15,8 @@ from anabranch.costs.training.setup import Setup, Software
 from anabranch.errors import ConfigError, PlanError
 from anabranch.hardware.catalog import load_catalog
 from anabranch.hardware.instance import Cluster
-from anabranch.planner.space import Space, layouts
+from anabranch.planner.launch import trainable
+from anabranch.planner.space import MICRO_BATCHES, Space, layouts
 from anabranch.workload.hf_config import read_shape
 from anabranch.workload.layout import Layout, Precision
 from anabranch.workload.shape import ModelShape
@@ -35,7 +36,8 @@ class Request:
 
     tokens: of the whole run. global_batch: sequences a step. skew: by expert-parallel degree, rows of the busiest rank
     over the mean; degrees between those given lie on a line over log2 of the degree. reserve: share of a chip's memory
-    that the model's tensors may not take. guest_slots: experts that a rank may borrow in each layer.
+    that the model's tensors may not take. guest_slots: experts that a rank may borrow in each layer. by_train: only
+    layouts that `anabranch train` can run.
     """
 
     shape: ModelShape
@@ -48,6 +50,7 @@ class Request:
     skew: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
     reserve: float = RESERVE
     guest_slots: int = 0
+    by_train: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.tokens < float("inf"):
@@ -71,10 +74,12 @@ class Request:
         return self.cluster.chip.memory_gib.low * GIB * (1.0 - self.reserve)
 
     def space(self) -> Space:
-        return layouts(
+        """All layouts that divide."""
+        found = layouts(
             self.shape, self.cluster.chips, seq_len=self.seq_len, global_batch=self.global_batch,
             precision=self.precision, domain=self.cluster.domain,
         )  # fmt: skip
+        return found.at(trainable(found.columns)) if self.by_train else found
 
     def skew_at(self, ep: Column) -> Column:
         """Of a degree outside those given: the nearest one's, and 1 for a single rank."""
@@ -173,6 +178,12 @@ def _different(priced: Priced, order: np.ndarray) -> np.ndarray:
 
 def _nothing_divides(request: Request) -> str:
     chips, batch = request.cluster.chips, request.global_batch
+    if request.by_train:
+        some = f"{', '.join(map(str, MICRO_BATCHES[:-1]))} or {MICRO_BATCHES[-1]}"
+        return (
+            f"`anabranch train` takes a step with every micro-batch, which cannot be {batch} sequences on {chips} "
+            f"chips: give {chips} times {some} as global_batch"
+        )
     return (
         f"no layout on {chips} chips of {request.cluster} divides {request.shape.layers} layers, "
         f"{request.shape.attention.heads} heads, seq_len {request.seq_len} and global_batch {batch}: choose a "

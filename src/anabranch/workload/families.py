@@ -173,7 +173,9 @@ def _sparse(f: Fields) -> Experts:
     where = _where(f, lambda i: i not in dense and (i + 1) % step == 0)
     shared = f.count("shared_expert_intermediate_size") if f.text("model_type") == "qwen2_moe" else 0
     width = f.count("moe_intermediate_size")
-    return Experts(*_top_k(f, "num_experts"), width, where, shared_width=shared, shared_gate=shared > 0)
+    # Qwen3's configs as transformers 5.24 saves them have the other name.
+    count = "num_local_experts" if f.given("num_local_experts") else "num_experts"
+    return Experts(*_top_k(f, count), width, where, shared_width=shared, shared_gate=shared > 0)
 
 
 def _after_dense(f: Fields) -> Experts:
