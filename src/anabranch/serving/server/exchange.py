@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass
@@ -89,15 +89,10 @@ class Exchange(Response):
             raise ApiError(415, "send application/json", code="unsupported_media_type")
         try:
             async with asyncio.timeout(self._front.settings.client_s):
-                while length <= DISCARDED_BYTES:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientLeftError
-                    length += len(message.get("body", b""))
+                async for piece in _arriving(receive):
+                    length += len(piece)
                     if length <= limit:
-                        content += message.get("body", b"")
-                    if not message.get("more_body"):
-                        break
+                        content += piece
                 self._received = True
         except TimeoutError:
             self._received = True  # no more of it is waited for
@@ -107,17 +102,11 @@ class Exchange(Response):
         return bytes(content)
 
     async def _discard(self, receive: Receive) -> None:
-        """Read a body that is refused unread, to its end or `DISCARDED_BYTES`; a slow client gets its refusal first."""
-        length = 0
+        """Read a body that is refused unread; a client that is slow with it gets its refusal first."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._front.settings.client_s):
-                while length <= DISCARDED_BYTES:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientLeftError
-                    length += len(message.get("body", b""))
-                    if not message.get("more_body"):
-                        return
+                async for _ in _arriving(receive):
+                    pass
 
     async def _answer(self, content: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         front, loop = self._front, asyncio.get_running_loop()
@@ -155,6 +144,18 @@ class Exchange(Response):
             return
         await self._event(error.body, send)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _arriving(receive: Receive) -> AsyncIterator[bytes]:
+    """A body as it comes, to its end or past `DISCARDED_BYTES`. Raises ClientLeftError."""
+    length, more = 0, True
+    while more and length <= DISCARDED_BYTES:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeftError
+        piece, more = message.get("body", b""), message.get("more_body", False)
+        length += len(piece)
+        yield piece
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
