@@ -12,6 +12,7 @@ COMMANDS = {
     "trace": ("train", "trace"),
     "plan": ("plan", "plan"),
     "calibrate": ("calibrate", "calibrate"),
+    "simulate": ("simulate", "simulate"),
     "generate": ("generate", "generate"),
     "serve": ("serve", "serve"),
     "bench": ("bench", "bench"),

@@ -7,7 +7,7 @@ are equal, so that a replay is always the same.
 
 import heapq
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,13 +88,13 @@ class Turn(NamedTuple):
                 return self._meet(meet, world)
             case Send(key, seconds):
                 return [Arrival(now_s + seconds, key), self]
+            case Receive(key) if key in world.arrived:
+                return [self]
             case Receive(key):
-                if key in world.arrived:
-                    return [self]
                 world.waiting[key] = self
+                return []
             case None:
-                pass
-        return []
+                return []
 
     def _meet(self, meet: Meet, world: World) -> "list[Event]":
         came = world.came.setdefault(meet.key, {})
@@ -128,7 +128,7 @@ Event = Turn | Arrival
 
 @dataclass(frozen=True)
 class Replay:
-    """A replay that has ended. lanes: their names, by (process, thread)."""
+    """A replay that has ended. lanes: how many."""
 
     spans: Sequence[Span]
     lanes: int
@@ -142,24 +142,17 @@ class Replay:
         """Spent on `name`, the mean over lanes."""
         return sum(span.seconds for span in self.spans if span.name == name) / self.lanes
 
-    def write_trace(self, file: Path, names: Mapping[int, tuple[str, str]]) -> None:
-        """For chrome://tracing and Perfetto (the Trace Event Format, microseconds). names: of a lane, the process and
-        the thread that it is shown as."""
-        groups = {group: number for number, group in enumerate(dict.fromkeys(g for g, _ in names.values()))}
-        events: list[dict[str, Any]] = [_named("process_name", n, 0, group) for group, n in groups.items()]
-        events += [_named("thread_name", groups[g], lane, name) for lane, (g, name) in names.items()]
-        events += [
-            {
-                "name": span.name, "ph": "X", "pid": groups[names[span.lane][0]], "tid": span.lane,
-                "ts": round(span.start_s * 1e6, 3), "dur": round(span.seconds * 1e6, 3),
-            }
-            for span in self.spans
-        ]  # fmt: skip
+    def write_trace(self, file: Path, ranks: int) -> None:
+        """For chrome://tracing and Perfetto (the Trace Event Format, microseconds): each `ranks` lanes are a stage."""
+        events: list[dict[str, Any]] = [
+            {"name": f"{kind}_name", "ph": "M", "pid": lane // ranks, "tid": lane, "args": {"name": name}}
+            for lane in range(self.lanes)
+            for kind, name in (("process", f"stage {lane // ranks}"), ("thread", f"rank {lane % ranks}"))
+        ]
+        for lane, name, start_s, seconds in self.spans:
+            times = {"ts": round(start_s * 1e6, 3), "dur": round(seconds * 1e6, 3)}
+            events.append({"name": name, "ph": "X", "pid": lane // ranks, "tid": lane, **times})
         file.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
-
-
-def _named(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
-    return {"name": kind, "ph": "M", "pid": process, "tid": thread, "args": {"name": name}}
 
 
 def replay(programs: Sequence[Iterable[Instruction]]) -> Replay:

@@ -7,7 +7,7 @@ Two kinds of prices: `PublishedPrices`, for hardware that is not at hand, and `L
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,16 +38,8 @@ class Slowdown(NamedTuple):
 
     @property
     def throughput(self) -> float:
-        """Natural over balanced: 0.8 loses a fifth."""
+        """Natural over balanced."""
         return self.balanced_s / self.step_s
-
-
-class StepPrices(Protocol):
-    """What steps take, by what is placed in their layers."""
-
-    def step_s(self, placed: Sequence[Placed], planner: str) -> float: ...
-
-    def balanced_s(self, group: Group) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -79,11 +71,21 @@ class PublishedPrices:
         seconds["exchange"] += self.guest_s * sum(layer.lent for layer in placed) / max(1, len(placed))
         return seconds
 
+    def waiting_s(self, placed: Sequence[Placed]) -> float:
+        """Of a step, that the mean rank waits while the fullest one computes its experts."""
+        parts = self.parts_s()
+        return (mean_skew(placed) - 1.0) * (parts["experts"] + parts["rows"]) * self.stretch(placed)
+
+    @property
+    def expert_bytes(self) -> float:
+        """Weights of one guest on one chip."""
+        return self.setup.shape.expert_params / self.setup.layout.etp * WEIGHT_BYTES
+
     @cached_property
     def guest_s(self) -> float:
         """Of lending one guest in every layer and micro-batch of a step, on the link that the group spans."""
         shape, layout = self.setup.shape, self.setup.layout
-        sent = shape.expert_params / layout.etp * WEIGHT_BYTES * LENDINGS
+        sent = self.expert_bytes * LENDINGS
         layers = shape.moe_layers + (shape.mtp if shape.experts else 0)
         rate = self.setup.cluster.link(layout.ep * layout.etp).gb_per_s.mid * 1e9
         seconds = sent * layout.micro_batches * layers / layout.pp / rate
@@ -144,7 +146,7 @@ def balanced(group: Group, experts: int) -> Placed:
 
 
 def slowdowns(
-    policies: Sequence[Policy], histogram: Histogram, group: Group, prices: StepPrices
+    policies: Sequence[Policy], histogram: Histogram, group: Group, prices: PublishedPrices | LivePrices
 ) -> list[Slowdown]:
     """One for each policy, in their order, over the same drawn micro-batches."""
     balanced_s = prices.balanced_s(group)

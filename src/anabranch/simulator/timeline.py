@@ -18,6 +18,7 @@ from anabranch.simulator.replay import Instruction, Meet, Receive, Replay, Send,
 from anabranch.simulator.schedule import Pass, passes
 from anabranch.simulator.skew import Placed, busiest_copies
 from anabranch.simulator.slowdown import PublishedPrices
+from anabranch.workload.layout import Layout
 
 # Components of a layer before its experts, of experts by rows, of what every layer's weights cost; once a step.
 ATTENTION = ("linear", "attention", "stream", "units", "tensor", "context")
@@ -48,51 +49,49 @@ class Timeline:
     micro_batches: int | None = None
 
     def __post_init__(self) -> None:
-        layout, layers = self.prices.setup.layout, sum(self._stage_layers)
-        steps = 2 * 5 * self.micros * layers * layout.ep
+        layers, ranks = sum(self._stage_layers), self._layout.ep
+        steps = 2 * 5 * self.micros * layers * ranks
         if steps > MOST:
             raise ConfigError(
-                f"{self.micros} micro-batches of {layers} layers on groups of {layout.ep} ranks are {steps:.1g} "
+                f"{self.micros} micro-batches of {layers} layers on groups of {ranks} ranks are {steps:.1g} "
                 f"steps to replay, more than {MOST:.1g}; replay fewer micro-batches",
                 setting="micro_batches",
             )
 
     @property
     def micros(self) -> int:
-        return self.micro_batches or self.prices.setup.layout.micro_batches
+        return self.micro_batches or self._layout.micro_batches
 
     @cached_property
     def replay(self) -> Replay:
-        layout = self.prices.setup.layout
+        layout = self._layout
         return replay([self._program(s, r) for s in range(layout.pp) for r in range(layout.ep)])
 
     def write_trace(self, file: Path) -> None:
         """For chrome://tracing: stages as processes, ranks as threads."""
-        ranks = self.prices.setup.layout.ep
-        lanes = range(self.prices.setup.layout.pp * ranks)
-        self.replay.write_trace(file, {i: (f"stage {i // ranks}", f"rank {i % ranks}") for i in lanes})
+        self.replay.write_trace(file, self._layout.ep)
 
     # --------------------------------------------------------------------------------- programs
 
     def _program(self, stage: int, rank: int) -> Iterator[Instruction]:
-        layout = self.prices.setup.layout
+        layout, parts = self._layout, self._parts_s
         for one in passes(stage, layout.pp, layout.vp, self.micros):
             yield from self._pass(one, stage, rank)
+        yield Meet("gradients", ("data", stage), self._group(stage), parts["data"])
         everyone = range(layout.pp * layout.ep)
-        yield Meet("gradients", ("data", stage), self._group(stage), self._parts_s["data"])
-        yield Meet("optimizer", ("step",), everyone, sum(self._parts_s[name] for name in ONCE))
+        yield Meet("optimizer", ("step",), everyone, sum(parts[name] for name in ONCE))
 
     def _pass(self, one: Pass, stage: int, rank: int) -> Iterator[Instruction]:
         """Through one chunk; from the virtual stage before it, or after it where it goes backward."""
-        pp, vp = self.prices.setup.layout.pp, self.prices.setup.layout.vp
-        place, step = one.chunk * pp + stage, 1 if one.forward else -1
-        way = "forward" if one.forward else "backward"
-        if 0 <= place - step < pp * vp:
+        sizes, step = self._stage_layers, 1 if one.forward else -1
+        place, way = one.chunk * self._layout.pp + stage, "forward" if one.forward else "backward"
+        if 0 <= place - step < len(sizes):
             yield Receive((way, place, one.micro, rank))
-        for layer in self._layers_of(place)[::step]:
+        first = sum(sizes[:place])
+        for layer in range(first, first + sizes[place])[::step]:
             yield from self._layer(layer, one, stage, rank)
-        yield Work(f"head {way}", self._head_s(one.forward))
-        if 0 <= place + step < pp * vp:
+        yield Work(f"head {way}", self._chunk_s * (1 / 3 if one.forward else 2 / 3))
+        if 0 <= place + step < len(sizes):
             yield Send((way, place + step, one.micro, rank), self._send_s)
 
     def _layer(self, layer: int, one: Pass, stage: int, rank: int) -> Iterator[Instruction]:
@@ -101,7 +100,8 @@ class Timeline:
         if layer not in self._moe:
             yield attention
             return
-        load = self._loads[layer * len(self._loads) // sum(self._stage_layers)][one.micro % self._draws]
+        draws = self._loads[layer * len(self._loads) // sum(self._stage_layers)]
+        load = draws[one.micro % len(draws)]
         exchange_s, key = times.exchange / 2 * load.max_mean, (way, layer, one.micro)
         lending_s, group = times.guest * load.lent, self._group(stage)
         moe: list[Instruction] = [
@@ -112,18 +112,17 @@ class Timeline:
         yield from [attention, *moe] if one.forward else [*moe, attention]
 
     def _group(self, stage: int) -> range:
-        ranks = self.prices.setup.layout.ep
-        return range(stage * ranks, (stage + 1) * ranks)
+        return range(stage * self._layout.ep, (stage + 1) * self._layout.ep)
 
     # -------------------------------------------------------------------------------- durations
 
+    @property
+    def _layout(self) -> Layout:
+        return self.prices.setup.layout
+
     @cached_property
     def _stage_layers(self) -> tuple[int, ...]:
-        return self.prices.setup.layout.stage_layers(self.prices.setup.shape)
-
-    def _layers_of(self, place: int) -> range:
-        first = sum(self._stage_layers[:place])
-        return range(first, first + self._stage_layers[place])
+        return self._layout.stage_layers(self.prices.setup.shape)
 
     @cached_property
     def _moe(self) -> frozenset[int]:
@@ -137,29 +136,18 @@ class Timeline:
         return [[_Load.of(plan) for plan in layer.plans] for layer in self.placed]
 
     @cached_property
-    def _draws(self) -> int:
-        return len(self.placed[0].plans)
-
-    @cached_property
     def _parts_s(self) -> dict[str, float]:
         """Balanced components of a step, stretched alike to what the placed one is predicted to take."""
-        return {name: s * self._stretch for name, s in self.prices.parts_s().items()}
-
-    @cached_property
-    def _stretch(self) -> float:
-        return self.prices.stretch(self.placed)
-
-    @cached_property
-    def _often(self) -> float:
-        """Micro-batches of a step over those of one layer: what a component is divided by, times its layers."""
-        layout = self.prices.setup.layout
-        return layout.micro_batches / layout.pp
+        stretch = self.prices.stretch(self.placed)
+        parts = {**self.prices.parts_s(), "guest": self.prices.guest_s}
+        return {name: s * stretch for name, s in parts.items()}
 
     @cached_property
     def _times(self) -> dict[bool, LayerTimes]:
         """By whether it goes forward. Recomputed layers run forward once more in their backward."""
-        again = 4 / 3 if self.prices.setup.layout.recompute == "full" else 1.0
-        layers, moe = self._often * sum(self._stage_layers), self._often * max(1, len(self._moe))
+        layout = self._layout
+        again, often = 4 / 3 if layout.recompute == "full" else 1.0, layout.micro_batches / layout.pp
+        layers, moe = often * sum(self._stage_layers), often * max(1, len(self._moe))
 
         def times(computes: float, exchanges: float) -> LayerTimes:
             parts = self._parts_s
@@ -168,22 +156,21 @@ class Timeline:
                 rows=computes * sum(parts[name] for name in ROWS) / moe,
                 weights=computes * parts["expert_weights"] / moe,
                 exchange=exchanges * parts["exchange"] / moe,
-                guest=self.prices.guest_s * self._stretch / 2 / moe,
+                guest=parts["guest"] / 2 / moe,
             )
 
         ahead = 1 / (3 * again)
         return {True: times(ahead, 0.5 / again), False: times(1 - ahead, 1 - 0.5 / again)}
 
-    def _head_s(self, forward: bool) -> float:
+    @cached_property
+    def _chunk_s(self) -> float:
         """Of head and logits, which every chunk has an equal part of: layers are placed to make up for them."""
-        layout = self.prices.setup.layout
-        often = layout.micro_batches * layout.vp
-        return (1 / 3 if forward else 2 / 3) * (self._parts_s["head"] + self._parts_s["logits"]) / often
+        parts = self._parts_s
+        return (parts["head"] + parts["logits"]) / (self._layout.micro_batches * self._layout.vp)
 
     @cached_property
     def _send_s(self) -> float:
-        layout = self.prices.setup.layout
-        return self._parts_s["pipeline"] / (2 * layout.micro_batches * layout.vp)
+        return self._parts_s["pipeline"] / (2 * self._layout.micro_batches * self._layout.vp)
 
 
 class _Load(NamedTuple):
