@@ -74,6 +74,18 @@ def test_samples_are_the_engines_of_the_same_seed(server, oracle):
     assert len(set(expected)) == 3
 
 
+@pytest.mark.parametrize("budget", [0, 6])
+def test_a_thought_ends_where_its_budget_is_spent(server, oracle, budget):
+    """The first tokens are those of the same request without a budget; the closing words and the end come next."""
+    free = oracle.complete(PROMPT, budget)[0][1] if budget else ""
+    got = server.client().completions.create(
+        model="toy", prompt=PROMPT, max_tokens=30, temperature=0,
+        extra_body={"thinking_budget": budget, "end_of_thought": "</think>", "closing_words": " So"},
+    )  # fmt: skip
+    assert got.choices[0].text.startswith(f"{free} So</think>")
+    assert got.usage.completion_tokens == 30
+
+
 def test_without_a_seed_samples_differ_from_call_to_call(server):
     asked = {"model": "toy", "prompt": PROMPT, "max_tokens": 16}
     texts = {server.client().completions.create(**asked).choices[0].text for _ in range(3)}

@@ -39,6 +39,8 @@ CHAT = {"model": "toy", "messages": [{"role": "user", "content": "x"}], "max_tok
         ({"stop": [""]}, "stop"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stream": "yes"}, "stream"),
+        ({"thinking_budget": -1}, "thinking_budget"),
+        ({"thinking_budget": 1, "end_of_thought": ""}, "end_of_thought"),
         ({"stream_options": {"include": True}}, "stream_options.include"),
     ],
     ids=str,

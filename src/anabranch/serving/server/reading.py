@@ -9,6 +9,8 @@ from jinja2 import TemplateError
 from anabranch.errors import ConfigError
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.sampling import Sampling
+from anabranch.scheduling.thinking import Thinking
+from anabranch.serving.batch.prompts import tokens_of
 from anabranch.serving.loading import load_tokenizer, stop_tokens
 from anabranch.serving.server.refusal import ApiError
 from anabranch.serving.server.schema import Body, ChatBody, CompletionBody, read_body
@@ -105,4 +107,13 @@ class Reader:
             body.repetition_penalty, body.temperature, body.top_k, body.top_p, body.min_p,
             secrets.randbits(62) if body.seed is None else body.seed,
         )  # fmt: skip
-        return Request(prompt, wanted, body.n, sampling, self._stop_tokens)
+        return Request(prompt, wanted, body.n, sampling, self._stop_tokens, thinking=self._thinking(body))
+
+    def _thinking(self, body: Body) -> Thinking | None:
+        if body.thinking_budget is None:
+            return None
+        end = tokens_of("end_of_thought", body.end_of_thought, self.tokenizer)
+        words = body.closing_words
+        return Thinking(
+            body.thinking_budget, end, tokens_of("closing_words", words, self.tokenizer) if words else ()
+        )

@@ -54,6 +54,10 @@ class Body(Strict):
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    # See scheduling/thinking.py; the ends are texts.
+    thinking_budget: int | None = None
+    end_of_thought: Stop = "</think>"
+    closing_words: Annotated[str, Field(max_length=256)] = ""
 
 
 class CompletionBody(Body):
