@@ -17,7 +17,7 @@ from anabranch.simulator.replay import WAITING, Meet, Receive, Send, Work, repla
 from anabranch.simulator.schedule import Pass, passes
 from anabranch.simulator.skew import Group, Placed, Policy, place
 from anabranch.simulator.slowdown import PublishedPrices, balanced
-from anabranch.simulator.timeline import Timeline
+from anabranch.simulator.timeline import ATTENTION, ONCE, ROWS, Timeline
 from anabranch.workload.hf_config import read_shape
 from anabranch.workload.layout import Layout
 
@@ -57,6 +57,11 @@ def test_a_skewed_replay_takes_what_the_components_say(fields: dict[str, int], p
     of = prices(**fields)
     layers = placed(of, policy)
     assert Timeline(of, layers).replay.makespan_s == pytest.approx(of.step_s(layers, policy), rel=0.05)
+
+
+def test_every_component_has_its_place() -> None:
+    alone = {"expert_weights", "exchange", "data", "head", "logits", "pipeline"}
+    assert {*ATTENTION, *ROWS, *ONCE, *alone} == prices(ep=16, dp=64, global_batch=64).parts_s().keys()
 
 
 def test_ranks_wait_for_the_fullest_one() -> None:
