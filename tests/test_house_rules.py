@@ -38,6 +38,8 @@ LONG_FUNCTIONS = {
 }
 LATE_IMPORTS = {
     "__init__.py::enable": "importing a room of the mind runs this file and must not import torch",
+    "costs/training/efficiency.py::fit_efficiency": "scipy takes as long to load as a plan; only fitting needs it",
+    "costs/training/residual.py::fit_residual": "likewise",
     "cli/serve.py::serve": "the web server is an extra; every other command works without it",
 }
 HOST_SYNCS = {

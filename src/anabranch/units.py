@@ -1,5 +1,8 @@
 """Amounts in words: a length of time, a large number, an interval."""
 
+from collections.abc import Callable
+from typing import Protocol
+
 MINUTE_S, HOUR_S, DAY_S = 60.0, 3600.0, 86400.0
 # What large numbers are counted in, largest first.
 THOUSANDS = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k"))
@@ -24,3 +27,21 @@ def amount(value: float) -> str:
 def digits(value: float) -> str:
     """Three of them, more only before the point, without an exponent."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def dollars(value: float) -> str:
+    return f"${amount(value)}"
+
+
+class Ends(Protocol):
+    """Of an interval."""
+
+    @property
+    def low(self) -> float: ...
+
+    @property
+    def high(self) -> float: ...
+
+
+def within(ends: Ends, words: Callable[[float], str]) -> str:
+    return f"{words(ends.low)} .. {words(ends.high)}"

@@ -137,6 +137,10 @@ MISTAKES = {
     "no catalog": ([*EXAMPLE, "--catalog", "none.toml"], "none.toml is no readable TOML file"),
     "no calibration": ([*EXAMPLE, "--calibration", "none.json"], "calibration: none.json: "),
     "no histogram": ([*EXAMPLE, "--histogram", "none.json"], "histogram: none.json is neither a trace"),
+    "emit": (
+        [*EXAMPLE, "--emit", "plan.json", "--global-batch", "96"],
+        "cluster: `anabranch train` takes a step with every micro-batch, which cannot be 96 sequences on 64 chips",
+    ),
     "json": ([*EXAMPLE, "--json", "no/such/folder.json"], "json: no/such/folder.json cannot be written"),
     "compare": ([*EXAMPLE, "--compare", "p5.48xlarge", "p9"], "instance: the catalog has no 'p9'"),
     "no price": ([*EXAMPLE, "--compare", "p5.48xlarge", "dgx-h100"], "basis: no on-demand price of dgx-h100"),

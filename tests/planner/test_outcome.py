@@ -79,7 +79,7 @@ def test_parts_sum_to_the_step_and_skew_is_a_part_of_its_own():
 
 def test_swings_hold_the_amount_and_come_widest_first(best):
     result = outcome(REQUEST, best, TERMS)
-    swings = sensitivity(result, CALIBRATION, TERMS)
+    swings = sensitivity(result, CALIBRATION)
     assert [one.name for one in swings][:1] == ["MFU"]
     assert all(one.low <= result.within90.usd.mid <= one.high for one in swings)
     widths = [one.high - one.low for one in swings]

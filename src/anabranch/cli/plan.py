@@ -13,6 +13,7 @@ from anabranch.costs.training.setup import Software
 from anabranch.errors import ConfigError
 from anabranch.hardware.catalog import Catalog, load_catalog
 from anabranch.hardware.instance import Cluster
+from anabranch.hardware.price import BASES
 from anabranch.planner.answer import Question, answer
 from anabranch.planner.launch import train_settings, write_launch
 from anabranch.planner.outcome import Terms
@@ -25,9 +26,7 @@ from anabranch.workload.layout import Precision
 from anabranch.workload.shape import ModelShape
 
 MODEL, TOKENS, SEQ_LEN, NODES = "Qwen3-30B-A3B", "1e12", 4096, 4
-STEP_TOKENS = (
-    4 * 2**20
-)  # of a step, where no batch is given: what models of tens of billions are trained with
+STEP_TOKENS = 4 * 2**20  # of a step where no batch is given, as models of tens of billions are trained
 # The trainer that published runs of a family of chips have used, and of all others.
 SOFTWARE = {"trainium": "nxd"}
 USUAL_SOFTWARE = "megatron-bridge"
@@ -36,33 +35,20 @@ OWN_SOFTWARE = "anabranch"
 Model = Annotated[str, typer.Option(help="a shipped shape, a config.json, or a folder with one")]
 ClusterNames = Annotated[
     list[str] | None,
-    typer.Option("--cluster", help="an instance and how many, trn2.48xlarge:4; more: others for the front"),
+    typer.Option("--cluster", help="instance and nodes, trn2.48xlarge:4; more to set beside it"),
 ]
 Tokens = Annotated[str | None, typer.Option(help=f"of the whole run, such as {TOKENS}, which is the default")]
 SeqLen = Annotated[int | None, typer.Option(help=f"tokens of a sequence [default: {SEQ_LEN}]")]
 GlobalBatch = Annotated[int | None, typer.Option(help="sequences of a step [default: about 4 M tokens]")]
-PrecisionName = Annotated[
-    str | None, typer.Option(help="bf16, fp8, fp4 or fp32 [default: bf16 where there is]")
-]
-Basis = Annotated[
-    str | None,
-    typer.Option(help="on-demand, capacity-block, reserved, spot or owned [default: the first known]"),
-]
+PrecisionName = Annotated[str | None, typer.Option(help="bf16, fp8, fp4, fp32 [default: bf16 where it is]")]
+Basis = Annotated[str | None, typer.Option(help=f"price: {', '.join(BASES)} [default: the first known]")]
 Utilisation = Annotated[float | None, typer.Option(help="hours of the run over hours paid for [default: 1]")]
-PolicyName = Annotated[
-    str, typer.Option(help="who computes which rows: static, bounded, exact, least_loaded, ...")
-]
+PolicyName = Annotated[str, typer.Option(help="who computes which rows: static, bounded, exact, ...")]
 HistogramFile = Annotated[Path | None, typer.Option(help="rows of each expert: JSON, or a trace (.npz)")]
 CatalogFile = Annotated[Path | None, typer.Option(help="your own figures, TOML, over the shipped ones")]
 CalibrationFile = Annotated[Path, typer.Option(help="what `anabranch calibrate` wrote", show_default=False)]
-Compare = Annotated[
-    tuple[str, str] | None,
-    typer.Option(help="two instances or clusters: what the first saves over the second"),
-]
-Emit = Annotated[
-    Path | None,
-    typer.Option(help="write a plan for `anabranch train --plan`, of the layouts that it can run"),
-]
+Compare = Annotated[tuple[str, str] | None, typer.Option(help="what the first saves over the second")]
+Emit = Annotated[Path | None, typer.Option(help="write a plan that `anabranch train --plan` can run")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="write the answer as JSON; - for stdout")]
 Explain = Annotated[bool, typer.Option("--explain", help="every assumption, with its source")]
 
@@ -90,15 +76,8 @@ def plan(
     given = {"tokens": tokens, "seq_len": seq_len, "global_batch": global_batch, "precision": precision,
              "basis": basis, "utilisation": utilisation}  # fmt: skip
     known = load_catalog(catalog)
-    length = SEQ_LEN if seq_len is None else seq_len
-    work = Work(
-        read_shape(model),
-        _number(tokens or TOKENS),
-        length,
-        precision,
-        Policy(policy),
-        by_train=emit is not None,
-    )
+    length, placed = SEQ_LEN if seq_len is None else seq_len, Policy(policy)
+    work = Work(read_shape(model), _number(tokens or TOKENS), length, precision, placed, emit is not None)
     names, pair = _names(cluster, compare)
     clusters, compared = [known.cluster(name) for name in names], [known.cluster(name) for name in pair]
     skew, origin = _skew(work, [*clusters, *compared], histogram)
@@ -179,13 +158,8 @@ def _skew(work: Work, clusters: list[Cluster], file: Path | None) -> tuple[dict[
     degrees = [degree for degree in divisors(experts.count) if degree <= chips]
     tokens = max(1, work.seq_len)  # of a micro-batch of one sequence
     skew = rank_skew(
-        degrees,
-        experts=experts.count,
-        top_k=experts.top_k,
-        tokens=tokens,
-        policy=work.policy,
-        histogram=popularity,
-    )
+        degrees, experts=experts.count, top_k=experts.top_k, tokens=tokens, policy=work.policy, histogram=popularity
+    )  # fmt: skip
     return skew, f"{work.policy.planner} placement of {popularity.resampled(experts.count).source}"
 
 

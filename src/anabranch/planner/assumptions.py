@@ -61,6 +61,9 @@ def unmeasured(found: Outcome, calibration: Calibration) -> list[str]:
         told.append(
             "no published run divides experts over tensor-parallel ranks (etp): the formula alone tells"
         )
+    told.append(
+        "the fastest of many predictions tends to be an optimistic one; intervals are of any one prediction"
+    )
     return [*told, *found.power.assumptions, *found.within90.owned.notes,
             "data loading, evaluation, checkpoints and start-up take no time"]  # fmt: skip
 
@@ -125,11 +128,11 @@ def _fitted(found: Outcome, calibration: Calibration) -> list[Assumption]:
     chip, efficiency = found.request.cluster.chip, calibration.efficiency
     seen = calibration.has_run(chip.kind)
     return [
-        Assumption("step time", f"fitted on {len(traits.chip)} published runs", f"chips {chips}", "fitted"),
+        Assumption("step time", f"fitted on {len(traits.chip)} measured runs", f"chips {chips}", "fitted"),
         Assumption("interval", "of runs predicted unseen" if seen else "of runs predicted without their chip",
                    "split-conformal, costs/training/calibration.py", "fitted"),
         Assumption(f"factor of {chip.family} chips", f"{efficiency.chip.get(chip.family, 1.0):.2f}",
-                   "published runs" if chip.family in efficiency.chip else "none: the mean", "fitted"),
+                   "measured runs" if chip.family in efficiency.chip else "none: the mean", "fitted"),
         Assumption(f"software {software.family}", f"{efficiency.software.get(software.family, 1.0):.2f}",
                    f"{software.dispatcher} exchange, {'with' if software.expert_overlap else 'without'} overlap",
                    "fitted" if software.family in efficiency.software else "assumed"),

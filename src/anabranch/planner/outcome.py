@@ -126,6 +126,7 @@ GROUPS = {
     "pipeline sends": ("pipeline",),
     "fixed": ("step",),
 }
+ONE_PRICE = 0.2  # how far a price of which no other date is known is moved, to either side
 SKEWED = ("experts", "rows", "exchange")  # these wait for the busiest rank
 
 
@@ -158,7 +159,7 @@ class Swing(NamedTuple):
     high_means: str
 
 
-def sensitivity(found: Outcome, calibration: Calibration, terms: Terms) -> list[Swing]:
+def sensitivity(found: Outcome, calibration: Calibration) -> list[Swing]:
     """Of dollars, or of hours where no price is known; the widest swing first."""
     request, candidate, cost = found.request, found.candidate, found.within90
     amount = cost.usd.mid if cost.usd else cost.hours.mid
@@ -169,6 +170,8 @@ def sensitivity(found: Outcome, calibration: Calibration, terms: Terms) -> list[
     if cost.usd:
         price = request.cluster.instance.price(cost.owned.basis)
         mid, (low, high) = price.usd_per_h.mid, price.seen
+        if low == high:
+            low, high = mid * (1.0 - ONE_PRICE), mid * (1.0 + ONE_PRICE)
         machines = cost.owned.machines.total.mid
         cheap, dear = (machines * usd / mid + cost.usd.mid - machines for usd in (low, high))
         swings.append(Swing("price", cheap, dear, f"${low:.2f}/h", f"${high:.2f}/h"))

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
 from anabranch.costs.training.columns import Column, Columns
 from anabranch.costs.training.components import Components, components
@@ -100,6 +99,8 @@ def fit_efficiency(
     columns: Columns, families: Families, measured_s: Column, weights: Column | None = None
 ) -> Efficiency:
     """From N measured steps. weights: of each, such as one over the repeats of its configuration."""
+    from scipy.optimize import least_squares
+
     parts, target = components(columns), np.log(measured_s)
     chips, software = sorted(set(families.chip)), sorted(set(families.software))
     chip_at = np.array([chips.index(name) for name in families.chip])

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import solve_triangular
-from scipy.optimize import minimize
 
 from anabranch.costs.training.traits import Traits
 
@@ -78,6 +76,9 @@ def _self_terms(traits: Traits, row: int) -> Matrix:
 
 def fit_residual(traits: Traits, residuals: Matrix, groups: NDArray[np.str_]) -> Residual:
     """groups: rows of one configuration share a term of their own, so that repeats count as one measurement."""
+    from scipy.linalg import solve_triangular
+    from scipy.optimize import minimize
+
     parts = np.concatenate([terms(traits, traits), (groups[:, None] == groups[None])[None].astype(float)])
     size, count = len(residuals), len(parts)
     means = np.array([AMPLITUDE[0]] * count + [NOISE[0]])
