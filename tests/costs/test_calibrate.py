@@ -16,8 +16,8 @@ def test_what_was_stored_is_loaded(tmp_path):
     assert calibration.load("a") == made_up_samples()
     assert calibration.load("b").hidden == 16
     assert sorted(path.name for path in calibration.folder.iterdir()) == [
-        "samples-2-a.json",
-        "samples-2-b.json",
+        "samples-3-a.json",
+        "samples-3-b.json",
     ]
 
 

@@ -129,6 +129,7 @@ def machine_samples(noise=0.0, **changes):
         link_ms={name: {size: seen(_link_ms(name, size)) for size in sizes} for name in LINKS},
         one_way_ms={sizes[-1]: _link_ms("inter", 1024 + DUPLEX * (sizes[-1] - 1024))},
         alone_ms={},
+        expert_alone_ms={},
         expert_ms={rows: seen(_experts_ms(rows)) for rows in (16, 128, 1024, 4096, 8192)},
         plan_ms=PLAN_MS,
         call_ms=tuple(

@@ -25,6 +25,7 @@ def made_up_samples(**changes):
         },
         "one_way_ms": {1 << 22: 136.0},
         "alone_ms": {"inter": {1 << 22: 100.0}},
+        "expert_alone_ms": {1024: 3.0},
         "expert_ms": {64: 0.5, 1024: 4.5, 8192: 36.0},
         "copy_ms_per_mb": 0.5,
         "plan_ms": {"static": 0.03125, "bounded": 0.0625, "exact": 0.0625},

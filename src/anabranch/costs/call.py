@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from anabranch.costs.curve import Curve
+from anabranch.costs.computation import Computation
 from anabranch.costs.links import Busiest, Links
 from anabranch.costs.traffic import TRANSFORMERS, Flow, Hop
 from anabranch.errors import ConfigError
@@ -61,7 +61,7 @@ class CallModel:
     2. guests' weights from home to host, and their gradients back;
     3. dispatch: copies into the order of destinations and of slots, and one exchange a hop; its gradient the same
        the other way;
-    4. computation of the fullest rank's rows; a guest computes as fast as a home;
+    4. computation until the fullest rank is done; a guest computes as fast as a home;
     5. combine, as dispatch;
     6. what is left of the measured calls at this number of tokens: launches, integer tables, small exchanges.
     With c > 1 chunks there are c exchanges of 1/c of the rows, and (c - 1)/c of the lesser of exchange and computation
@@ -77,7 +77,7 @@ class CallModel:
         self.samples = samples
         self.nodes = Nodes.of(samples.node_R)
         self._links = Links(samples.link_ms, self.nodes, samples.one_way_ms, samples.alone_ms)
-        self._experts = Curve(samples.expert_ms)
+        self._experts = Computation(samples.expert_ms, samples.expert_alone_ms)
         self._flow: Flow | None = None
         self._sizes: dict[str, _Sizes] = {}
         self._overhead = self._fit_overhead()
@@ -156,7 +156,7 @@ class CallModel:
             for unit_bytes in (there_bytes + 2 * word_bytes, there_bytes + word_bytes):
                 dispatch_ms += self._links.ms(busiest, unit_bytes / chunks, hop.links)
             combine_ms += 2 * self._links.ms(busiest, back_bytes / chunks, hop.links)
-        experts_ms = float(self._experts.ms(float(plan.rows_R.max()) / chunks))
+        experts_ms = self._experts.ms(plan.rows_R / chunks)
         one_ms = dispatch_ms + experts_ms + combine_ms
         return CallCost(
             0.0, 0.0, chunks * dispatch_ms, chunks * experts_ms, chunks * combine_ms, 0.0, chunks * one_ms

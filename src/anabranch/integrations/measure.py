@@ -73,6 +73,7 @@ class Probe:
                 one_way_ms=self.one_way(),
                 alone_ms=self.alone(),
                 expert_ms=self.experts(),
+                expert_alone_ms=self.expert_alone(),
                 copy_ms_per_mb=self.copy(),
                 plan_ms={name: self.planning(planner) for name, planner in planners.items()},
                 call_ms=tuple(
@@ -145,8 +146,14 @@ class Probe:
         )
         return {rows: self._timed(lambda rows=rows: self._compute(rows, own)) for rows in sizes}
 
+    def expert_alone(self) -> dict[int, float]:
+        """Twice a micro-batch's rows on the first rank only, as on an overloaded one -> forward and backward ms."""
+        rows, own = 2 * self.shape.tokens * self.shape.top_k, self.home[0].shape[0]
+        mine = rows if self.domain.rank == 0 else 0
+        return {rows: self._timed(lambda: self._compute(mine, own))}
+
     def _compute(self, rows: int, own: int) -> None:
-        if own == 0:
+        if own == 0 or rows == 0:
             return
         ends_J = torch.tensor([rows * (j + 1) // own for j in range(own)], dtype=torch.int32)
         slot_N = torch.repeat_interleave(torch.arange(own), torch.diff(ends_J, prepend=ends_J.new_zeros(1)))

@@ -12,7 +12,7 @@ from anabranch.placement.choice import Choice, Exchange, Trial
 FAR = (1.6, 1.2, 1.1)
 NEAR = 1.06
 # Warm runs of those that are left: more only where their times are not known within SETTLED, a standard error.
-LEAST, MOST = 3, 8
+LEAST, MOST = 3, 6
 SETTLED = 0.015
 # Loads whose max/mean lies within one such factor share what was learnt: errors of prices grow with the skew.
 BAND = 1.5

@@ -39,7 +39,8 @@ class Samples:
     to those of the next node, and nothing comes back; a last node without a next one idles. Empty where not measured.
     alone_ms: by class, the same for one sender: of each pair of nodes the first rank sends so many bytes to the first
     of the next (of each node, to its second rank), and nobody else sends. Empty where not measured.
-    expert_ms: rows on one rank, even over its homes, to the time of their computation, forward and backward.
+    expert_ms: rows on every rank, even over its homes, to the time of their computation, forward and backward.
+    expert_alone_ms: the same with rows on one rank only, while the others wait. Empty where not measured.
     copy_ms_per_mb: gathering rows by index, per 10^6 bytes.
     plan_ms: host time of planning, by name of the planner.
     call_ms: whole calls, every exchange at two sizes or more: what the parts leave unexplained is its overhead.
@@ -60,6 +61,7 @@ class Samples:
     call_ms: tuple[CallSample, ...]
     one_way_ms: Mapping[int, float] = field(default_factory=dict[int, float])
     alone_ms: Mapping[str, Mapping[int, float]] = field(default_factory=dict[str, Mapping[int, float]])
+    expert_alone_ms: Mapping[int, float] = field(default_factory=dict[int, float])
 
     def __post_init__(self) -> None:
         """Raises ConfigError naming the first field that no machine could have measured."""
@@ -77,8 +79,8 @@ class Samples:
             )
             _require("link_ms, expert_ms", min(table) >= 0, "must have sizes of at least 0")
             _require_times("link_ms, expert_ms", table.values())
-        for table in (self.one_way_ms, *self.alone_ms.values()):
-            _require_times("one_way_ms, alone_ms", table.values())
+        for table in (self.one_way_ms, self.expert_alone_ms, *self.alone_ms.values()):
+            _require_times("one_way_ms, alone_ms, expert_alone_ms", table.values())
         _require_times("copy_ms_per_mb", (self.copy_ms_per_mb,))
         _require_times("plan_ms", self.plan_ms.values())
         _require("call_ms", bool(self.call_ms), "must hold a sample of every exchange")
@@ -93,6 +95,7 @@ class Samples:
         out["one_way_ms"] = _with_text_keys(self.one_way_ms)
         out["alone_ms"] = {name: _with_text_keys(table) for name, table in self.alone_ms.items()}
         out["expert_ms"] = _with_text_keys(self.expert_ms)
+        out["expert_alone_ms"] = _with_text_keys(self.expert_alone_ms)
         out["plan_ms"] = dict(self.plan_ms)
         out["call_ms"] = [call._asdict() for call in self.call_ms]
         return out
@@ -107,6 +110,7 @@ class Samples:
             found["one_way_ms"] = _with_sizes(found["one_way_ms"])
             found["alone_ms"] = {str(name): _with_sizes(table) for name, table in found["alone_ms"].items()}
             found["expert_ms"] = _with_sizes(found["expert_ms"])
+            found["expert_alone_ms"] = _with_sizes(found["expert_alone_ms"])
             found["call_ms"] = tuple(CallSample(**call) for call in found["call_ms"])
             return cls(**found)
         except (KeyError, TypeError, AttributeError) as error:
