@@ -27,6 +27,7 @@ from anabranch.cli.generate_cases import RANDOM, TRAINED, full_cases, quick_case
 from anabranch.cli.launch import launch
 from anabranch.cli.process import under_torchrun
 from anabranch.cli.results import require_json_file, write_results
+from anabranch.cli.skew_grid import skew
 from anabranch.errors import ConfigError, TraceError
 from anabranch.training.config import DTYPES
 from anabranch.transport.choose import require_transport
@@ -130,6 +131,9 @@ def cluster(
         typer.echo(f"{held} of {wanted} cells are in {json_file} already")
     measure(grid, cases, Measuring(rounds, slots=4, epsilon=0.05, explain=explain), book)
     typer.echo(verdict(book.rows).text())
+
+
+bench.command()(skew)
 
 
 @bench.command()

@@ -9,6 +9,7 @@ import torch
 from anabranch.cli.bench_balance import bench_balance_rank
 from anabranch.cli.bench_cluster import bench_cluster_rank
 from anabranch.cli.bench_codecs import codec_gradients_rank
+from anabranch.cli.bench_skew import bench_skew_rank
 from anabranch.cli.device import quiet
 from anabranch.cli.generate_engines import measure_rank
 from anabranch.cli.train import train_rank
@@ -17,6 +18,7 @@ from anabranch.training.agreement import leave
 JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "bench_balance": bench_balance_rank,
     "bench_cluster": bench_cluster_rank,
+    "bench_skew": bench_skew_rank,
     "codec_gradients": codec_gradients_rank,
     "measure_generate": measure_rank,
     "train": train_rank,

@@ -1,0 +1,115 @@
+"""`anabranch bench skew`, one rank: what natural skew costs a step, measured and predicted.
+
+Measured: steps of a whole model with the routing of a workload, under each policy, and with balanced routing; all of a
+round one after the other. Predicted: by the simulator, from the histogram of other micro-batches of the workload, at
+the prices that the ranks calibrated. Shape suffixes: L layers, R ranks, E experts.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+import anabranch
+from anabranch.cli.bench_cluster import ClusterBench, ClusterRank
+from anabranch.cli.cluster_cases import PAST
+from anabranch.cli.cluster_rows import AUTO
+from anabranch.cli.cluster_rows import Policy as Choice
+from anabranch.experts.adaptive import AdaptiveExperts, Observation
+from anabranch.placement.base import max_over_mean
+from anabranch.placement.choice import Exchange
+from anabranch.simulator.histogram import Histogram, histogram_of
+from anabranch.simulator.skew import Group, Policy, mean_skew, place
+from anabranch.simulator.slowdown import LivePrices
+
+POLICIES = ("static", "least_loaded", "exact", "bounded")
+
+
+def bench_skew_rank(settings: dict[str, Any]) -> dict[str, Any]:
+    """The job of one rank. Rank 0 puts down the rows of each workload as they are measured."""
+    bench = ClusterBench.from_dict(settings)
+    dist.init_process_group("gloo")
+    anabranch.enable(planner=AUTO, epsilon=bench.epsilon, slots=bench.slots, cache=bench.folder)
+    measured = SkewRank(bench)
+    for number, workload in enumerate(bench.workloads):
+        rows = measured.rows(workload)
+        if dist.get_rank() == 0:
+            file = Path(bench.folder) / f"cell-{number:03}.json"
+            file.with_suffix(".tmp").write_text(json.dumps(rows))
+            file.with_suffix(".tmp").replace(file)  # whole or not at all: the launcher takes what it sees
+    return {}
+
+
+def _points(row: dict[str, Any]) -> float:
+    return round(100 * (row["predicted_throughput"] - row["throughput"]), 2)
+
+
+class SkewRank(ClusterRank):
+    """The models, carriers and prices of the cluster benchmark, for policies over one exchange."""
+
+    def rows(self, workload: str) -> list[dict[str, Any]]:
+        """One row a policy."""
+        exchange = Exchange(self.carriers["none"].exchanges[-1].transport)
+        choices = [Choice(name, exchange) for name in POLICIES]
+        layers = {choice.name: self._layers(choice, workload) for choice in choices}
+        even = self._layers(Choice("static", exchange), workload)
+        times_ms: dict[str, list[float]] = {name: [] for name in ("balanced", *POLICIES)}
+        seen: dict[str, list[Observation]] = {name: [] for name in times_ms}
+        for turn in range(-1, self.bench.rounds):  # the first round warms up
+            routed = self._tensors(self.cases.ids(workload, PAST + turn))
+            for name in np.roll(list(times_ms), turn).tolist():
+                balanced = name == "balanced"
+                ids = self._even(self.cases.tokens) if balanced else routed
+                step_ms, observed = self._timed(even if balanced else layers[name], ids)
+                if turn >= 0:
+                    times_ms[name].append(step_ms)
+                    seen[name] += observed
+        predicted = self._predicted(workload, exchange)
+        about = {"workload": workload, "transport": exchange.transport}
+        rows = [about | self._row(name, times_ms, seen[name]) | predicted[name] for name in POLICIES]
+        return [row | {"error_points": _points(row)} for row in rows]
+
+    def _timed(self, layers: list[AdaptiveExperts], ids: list[Tensor]) -> tuple[float, list[Observation]]:
+        observed: list[Observation] = []
+        for layer in layers:
+            layer.observers[:] = [observed.append]
+        self.ours.carry(layers)
+        return self.ours.step(ids).step_ms, observed
+
+    def _predicted(self, workload: str, exchange: Exchange) -> dict[str, dict[str, float]]:
+        """Of each policy, from the histogram alone."""
+        histogram = self._histogram(workload)
+        group = Group(self.ranks, self.cases.tokens, self.cases.top_k)
+        prices = LivePrices(self.model, self.rest_ms[self.cases.tokens], self.ours.layers, exchange)
+        balanced_s, found = prices.balanced_s(group), dict[str, dict[str, float]]()
+        for name in POLICIES:
+            placed = place(histogram, group, Policy(name, self.bench.epsilon, self.bench.slots))
+            step_s = prices.step_s(placed, name)
+            found[name] = {
+                "predicted_max_mean": round(mean_skew(placed), 3),
+                "predicted_ms": round(1e3 * step_s, 1),
+                "predicted_balanced_ms": round(1e3 * balanced_s, 1),
+                "predicted_throughput": round(balanced_s / step_s, 4),
+            }
+        return found
+
+    def _histogram(self, workload: str) -> Histogram:
+        """Rows of each expert in each layer, summed over micro-batches before those that are measured."""
+        past = [self.cases.counts(self.cases.ids(workload, step)) for step in range(PAST - 1)]
+        counts_LE = np.sum([[counts_RE.sum(axis=0) for counts_RE in layers] for layers in past], axis=0)
+        return histogram_of(counts_LE, np.arange(len(counts_LE)), workload)
+
+    def _row(self, name: str, times_ms: dict[str, list[float]], seen: list[Observation]) -> dict[str, Any]:
+        mine, balanced = np.array(times_ms[name]), np.array(times_ms["balanced"])
+        return {
+            "policy": name,
+            "max_mean": round(float(np.mean([max_over_mean(o.plan.rows_R) for o in seen])), 3),
+            "guests": round(sum(o.plan.guests for o in seen) / len(seen), 2),
+            "step_ms_median": round(float(np.median(mine)), 1),
+            "step_ms_rounds": mine.round(2).tolist(),
+            "balanced_ms_median": round(float(np.median(balanced)), 1),
+            "throughput": round(float(np.median(balanced / mine)), 4),
+        }
