@@ -92,7 +92,11 @@ def test_two_instances_are_compared_over_the_same_work():
 
 def test_other_clusters_and_fewer_nodes_stand_on_the_front(tmp_path):
     file = tmp_path / "plan.json"
-    result = invoke("--cluster", "p5.48xlarge:4", "--cluster", "p4d.24xlarge:1", "--json", file)
+    page = tmp_path / "plan.html"
+    result = invoke(
+        "--cluster", "p5.48xlarge:4", "--cluster", "p4d.24xlarge:1", "--json", file, "--html", page
+    )
+    assert page.read_text().startswith("<!DOCTYPE html>")
     points = {one["cluster"]: one["best"] for one in json.loads(file.read_text())["pareto"]}
     assert points.keys() >= {"p5.48xlarge:4", "p5.48xlarge:2"}
     assert any(points.values())
@@ -137,6 +141,7 @@ MISTAKES = {
     "no catalog": ([*EXAMPLE, "--catalog", "none.toml"], "none.toml is no readable TOML file"),
     "no calibration": ([*EXAMPLE, "--calibration", "none.json"], "calibration: none.json: "),
     "no histogram": ([*EXAMPLE, "--histogram", "none.json"], "histogram: none.json is neither a trace"),
+    "html": ([*EXAMPLE, "--html", "no/such/folder.html"], "html: no/such/folder.html cannot be written"),
     "emit": (
         [*EXAMPLE, "--emit", "plan.json", "--global-batch", "96"],
         "cluster: `anabranch train` takes a step with every micro-batch, which cannot be 96 sequences on 64 chips",

@@ -17,6 +17,7 @@ from anabranch.hardware.price import BASES
 from anabranch.planner.answer import Question, answer
 from anabranch.planner.launch import train_settings, write_launch
 from anabranch.planner.outcome import Terms
+from anabranch.planner.report import write_report
 from anabranch.planner.search import Request
 from anabranch.planner.space import divisors
 from anabranch.simulator.histogram import natural_histogram, read_histogram
@@ -49,6 +50,7 @@ CatalogFile = Annotated[Path | None, typer.Option(help="your own figures, TOML, 
 CalibrationFile = Annotated[Path, typer.Option(help="what `anabranch calibrate` wrote", show_default=False)]
 Compare = Annotated[tuple[str, str] | None, typer.Option(help="what the first saves over the second")]
 Emit = Annotated[Path | None, typer.Option(help="write a plan that `anabranch train --plan` can run")]
+Html = Annotated[Path | None, typer.Option(help="write a report with plots, one HTML file")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="write the answer as JSON; - for stdout")]
 Explain = Annotated[bool, typer.Option("--explain", help="every assumption, with its source")]
 
@@ -69,6 +71,7 @@ def plan(
     calibration: CalibrationFile = SHIPPED,
     compare: Compare = None,
     emit: Emit = None,
+    html: Html = None,
     json_file: JsonFile = None,
     explain: Explain = False,
 ) -> None:
@@ -92,6 +95,8 @@ def plan(
     if emit is not None:
         layout, steps = found.found.best.layout, found.found.request.steps
         write_launch(emit, train_settings(layout, _here(model), steps, policy), found.to_dict())
+    if html is not None:
+        write_report(found, html)
     if json_file is not None:
         _write(json_file, json.dumps(found.to_dict(), indent=1))
     if json_file != Path("-"):
