@@ -135,9 +135,10 @@ def test_one_program_is_measured_once_and_auto_may_run_it():
     pace = {THEIRS: 200.0, AUTOS: 105.0, BEST: 100.0, NEAR: 100.5, FAR: 102.0}
     noisy = _contest(pace, noise=0.05, same=(NEAR, BEST))
     assert noisy[NEAR] == 2 < noisy[BEST] == noisy[AUTOS]
-    alone = {policy: pace[policy] for policy in (THEIRS, AUTOS, BEST)}
+    alone = {THEIRS: 200.0, AUTOS: 102.0, BEST: 100.0}
     assert _contest(alone, noise=0.05)[AUTOS] > 3
     assert _contest(alone, noise=0.05, same=(AUTOS, BEST))[AUTOS] == 3
+    assert _contest({**alone, AUTOS: 120.0})[AUTOS] == 8, "what misses its limit is measured to the end"
 
 
 def test_an_interrupted_grid_goes_on(tmp_path):
