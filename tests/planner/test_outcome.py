@@ -27,7 +27,7 @@ def best():
 
 
 def test_dollars_are_hours_times_price(best):
-    cost = outcome(REQUEST, best, TERMS).within90
+    cost = outcome(REQUEST, best, TERMS, CALIBRATION).within90
     hours = REQUEST.steps * best.step.step_s / 3600
     assert cost.hours.mid == pytest.approx(hours)
     assert cost.owned.basis == "on-demand"
@@ -36,9 +36,9 @@ def test_dollars_are_hours_times_price(best):
 
 
 def test_failures_lengthen_the_run_and_idle_hours_are_paid_for(best):
-    plain = outcome(REQUEST, best, TERMS).within80
+    plain = outcome(REQUEST, best, TERMS, CALIBRATION).within80
     terms = replace(TERMS, goodput=Bounds(0.5, 0.8, 1.0), occupancy=0.5)
-    lossy = outcome(REQUEST, best, terms).within80
+    lossy = outcome(REQUEST, best, terms, CALIBRATION).within80
     assert lossy.hours.mid == pytest.approx(plain.hours.mid / 0.8)
     assert lossy.hours.high == pytest.approx(plain.hours.high / 0.5)
     assert lossy.usd.mid == pytest.approx(plain.usd.mid / 0.8 / 0.5)
@@ -55,15 +55,15 @@ def test_an_owner_pays_for_electricity(tmp_path, best):
     file = tmp_path / "own.toml"
     file.write_text('[instances."p5.48xlarge".prices]\nowned = { value = 10, unit = "USD/h" }\n')
     mine = replace(REQUEST, cluster=load_catalog(file).cluster("p5.48xlarge:4"))
-    cost = outcome(mine, best, replace(TERMS, basis="owned")).within90
+    cost = outcome(mine, best, replace(TERMS, basis="owned"), CALIBRATION).within90
     assert cost.usd.mid == pytest.approx(cost.hours.mid * 40 + cost.kwh.mid * 0.07)
 
 
 def test_no_price_is_no_dollars_and_a_wrong_basis_an_error(best):
     unpriced = replace(REQUEST, cluster=CATALOG.cluster("dgx-h100:4"))
-    assert outcome(unpriced, best, TERMS).within90.usd is None
+    assert outcome(unpriced, best, TERMS, CALIBRATION).within90.usd is None
     with pytest.raises(ConfigError, match="basis: no spot price of dgx-h100"):
-        outcome(unpriced, best, replace(TERMS, basis="spot"))
+        outcome(unpriced, best, replace(TERMS, basis="spot"), CALIBRATION)
 
 
 def test_parts_sum_to_the_step_and_skew_is_a_part_of_its_own():
@@ -78,7 +78,7 @@ def test_parts_sum_to_the_step_and_skew_is_a_part_of_its_own():
 
 
 def test_swings_hold_the_amount_and_come_widest_first(best):
-    result = outcome(REQUEST, best, TERMS)
+    result = outcome(REQUEST, best, TERMS, CALIBRATION)
     swings = sensitivity(result, CALIBRATION)
     assert [one.name for one in swings][:1] == ["MFU"]
     assert all(one.low <= result.within90.usd.mid <= one.high for one in swings)
@@ -98,7 +98,9 @@ def test_the_front_keeps_what_nothing_beats():
 
 def test_clusters_without_a_layout_are_told(best):
     tiny = replace(REQUEST, cluster=CATALOG.cluster("p4d.24xlarge:1"))
-    points = front([outcome(REQUEST, best, TERMS)], [*on_fewer_nodes(REQUEST), tiny], CALIBRATION, TERMS)
+    points = front(
+        [outcome(REQUEST, best, TERMS, CALIBRATION)], [*on_fewer_nodes(REQUEST), tiny], CALIBRATION, TERMS
+    )
     names = [str(one.request.cluster) for one in points.outcomes]
     assert names[0] == "p5.48xlarge:4"
     assert set(names) | points.refused.keys() == {

@@ -165,7 +165,12 @@ def _skew(work: Work, clusters: list[Cluster], file: Path | None) -> tuple[dict[
     skew = rank_skew(
         degrees, experts=experts.count, top_k=experts.top_k, tokens=tokens, policy=work.policy, histogram=popularity
     )  # fmt: skip
-    return skew, f"{work.policy.planner} placement of {popularity.resampled(experts.count).source}"
+    unpriced = (
+        ""
+        if work.policy.planner == "static"
+        else "; guests' weights are not priced, `anabranch simulate` does"
+    )
+    return skew, f"{work.policy.planner} placement of {popularity.resampled(experts.count).source}{unpriced}"
 
 
 def _here(model: str) -> str:

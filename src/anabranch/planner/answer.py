@@ -69,9 +69,10 @@ class Answer(NamedTuple):
             "mfu": _short(self.outcome.mfu),
             "skew": _short(best.setup.skew),
             "memory_gib": {
-                "peak": _short(best.memory_bytes / GIB),
+                "predicted": _short(best.memory_bytes / GIB),
+                **(_interval(best.memory_bytes, low.memory, high.memory, GIB) if low.memory and high.memory else {}),
                 "room": _short(request.room_bytes / GIB),
-                **{name: _short(size / GIB) for name, size in best.memory.items()},
+                "parts": {name: _short(size / GIB) for name, size in best.memory.items()},
             },
             "parts_s": {name: _short(seconds) for name, seconds in self.parts_s.items()},
             "runners_up": [
@@ -92,7 +93,7 @@ def answer(question: Question, calibration: Calibration) -> Answer:
     """Raises PlanError where nothing fits, ConfigError where a price or a power is not known."""
     request, terms = question.request, _one_basis(question)
     found = search(request, calibration)
-    result = outcome(request, found.best, terms)
+    result = outcome(request, found.best, terms, calibration)
     points = front([result], [*on_fewer_nodes(request), *question.others], calibration, terms)
     told = assumptions(result, terms, calibration, question.skew_origin, question.given)
     return Answer(
@@ -136,11 +137,11 @@ def _point(one: Outcome, best: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _interval(mid: float, within80: Ends, within90: Ends) -> dict[str, float]:
+def _interval(mid: float, within80: Ends, within90: Ends, unit: float = 1.0) -> dict[str, float]:
     values = {
         "predicted": mid, "low80": within80.low, "high80": within80.high, "low90": within90.low, "high90": within90.high
     }  # fmt: skip
-    return {name: _short(value) for name, value in values.items()}
+    return {name: _short(value / unit) for name, value in values.items()}
 
 
 def _short(value: float) -> float:

@@ -38,7 +38,7 @@ def assumptions(
         *_money(found, terms, given),
         *_fitted(found, calibration),
         _skew(found, skew_origin),
-        *_rules(found),
+        *_rules(found, calibration),
     ]
 
 
@@ -148,10 +148,12 @@ def _skew(found: Outcome, origin: str) -> Assumption:
     )  # fmt: skip
 
 
-def _rules(found: Outcome) -> list[Assumption]:
+def _rules(found: Outcome, calibration: Calibration) -> list[Assumption]:
     reserve = found.request.reserve
     return [
         Assumption("memory", f"tensors only; {reserve:.0%} of a chip is left free", "costs/training/memory.py",
                    "assumed"),
+        Assumption("memory, interval", f"of {len(calibration.memory_ratios)} measured configurations",
+                   "split-conformal, costs/training/memory_error.py", "fitted"),
         Assumption("layouts", "within the bounds of the space", "planner/space.py", "assumed"),
     ]  # fmt: skip

@@ -17,6 +17,7 @@ from anabranch.costs.ownership import (
 from anabranch.costs.training.calibration import Calibration, Interval
 from anabranch.costs.training.columns import columns_of
 from anabranch.costs.training.efficiency import HOST, step_of
+from anabranch.costs.training.memory_error import Peaks, peaks_within
 from anabranch.hardware.figure import Figure
 from anabranch.hardware.instance import Cluster
 from anabranch.hardware.price import BASES
@@ -67,12 +68,14 @@ class Terms:
 
 
 class Cost(NamedTuple):
-    """At one level of confidence. hours: of the run, failures included. usd: None where no price is known."""
+    """At one level of confidence. hours: of the run, failures included. usd: None where no price is known. memory: None
+    where no measured peak is known."""
 
     hours: Bounds[float]
     usd: Bounds[float] | None
     kwh: Bounds[float]
     owned: Ownership
+    memory: Peaks | None
 
 
 class Outcome(NamedTuple):
@@ -88,7 +91,7 @@ class Outcome(NamedTuple):
     power: ClusterPower
 
 
-def outcome(request: Request, candidate: Candidate, terms: Terms) -> Outcome:
+def outcome(request: Request, candidate: Candidate, terms: Terms, calibration: Calibration) -> Outcome:
     """Raises ConfigError where no price of the basis that was asked for is known, or no power of the chip."""
     step = candidate.step
     mfu, power = utilisation(request, step.step_s), power_of(request.cluster, terms.pue)
@@ -96,14 +99,15 @@ def outcome(request: Request, candidate: Candidate, terms: Terms) -> Outcome:
     tenure, goodput = terms.tenure(request.cluster), terms.goodput_of(request.cluster)
     lost = Bounds(*(1.0 / share for share in reversed(goodput)))
 
-    def cost(interval: Interval) -> Cost:
+    def cost(interval: Interval, share: float) -> Cost:
         hours = Bounds(interval.low, step.step_s, interval.high).scaled(request.steps / HOUR_S)
         run = Occupation(hours, min(1.0, mfu * again), goodput, terms.occupancy)
         owned = ownership(run, tenure, power, terms.engineering)
         usd = None if terms.basis_of(request.cluster) is None else owned.total
-        return Cost(hours.times(lost), usd, owned.kwh, owned)
+        memory = peaks_within(calibration.memory_ratios, candidate.memory_bytes, share)
+        return Cost(hours.times(lost), usd, owned.kwh, owned, memory)
 
-    return Outcome(request, candidate, cost(step.within80), cost(step.within90), mfu, power)
+    return Outcome(request, candidate, cost(step.within80, 0.8), cost(step.within90, 0.9), mfu, power)
 
 
 def utilisation(request: Request, step_s: float) -> float:

@@ -34,7 +34,7 @@ def front(
         except PlanError as error:
             refused[str(request.cluster)] = str(error)
         else:
-            found.append(outcome(request, fastest, terms))
+            found.append(outcome(request, fastest, terms, calibration))
     return Front(tuple(found), tuple(undominated([amounts(one) for one in found])), refused)
 
 

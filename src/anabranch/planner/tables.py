@@ -27,7 +27,8 @@ def result(found: Answer) -> Table:
          *(within(cost.hours, hours) for cost in (low, high))),
         ("kWh at the meter", amount(high.kwh.mid), *(within(cost.kwh, amount) for cost in (low, high))),
         ("model FLOPs over peak", f"{found.outcome.mfu:.1%}", "", ""),
-        ("memory of the fullest chip", f"{best.memory_bytes / GIB:.1f} GiB of {request.room_bytes / GIB:.1f}", "", ""),
+        ("memory of the fullest chip", f"{gib(best.memory_bytes)} of {gib(request.room_bytes)}",
+         *(within(cost.memory, gib) if cost.memory else "" for cost in (low, high))),
     ]  # fmt: skip
     paid = ("dollars", "no price is known", "", "")
     if low.usd and high.usd:
@@ -76,6 +77,10 @@ def comparison(found: Answer) -> list[str]:
     """What one cluster saves over another, a sentence each; none where they were not compared."""
     made = found.comparison
     return [made.verdict, *made.conditions_told, *made.caveats] if made else []
+
+
+def gib(size_bytes: float) -> str:
+    return f"{size_bytes / GIB:.1f} GiB"
 
 
 def hours(time_h: float) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from anabranch.costs.training.columns import Column, columns_of
 from anabranch.costs.training.efficiency import Efficiency, Families, fit_efficiency
+from anabranch.costs.training.memory_error import memory_ratios
 from anabranch.costs.training.published import TABLE, Published, read_published
 from anabranch.costs.training.residual import Residual, Spread, fit_residual, residual_of
 from anabranch.costs.training.setup import Setup
@@ -48,12 +49,14 @@ class Prediction(NamedTuple):
 @dataclass(frozen=True)
 class Calibration:
     """scores: |log error| over deviation of runs that were predicted unseen, rising. chip_scores: of runs that were
-    predicted without any run of their chip, for chips that have none."""
+    predicted without any run of their chip, for chips that have none. memory_ratios: measured over predicted peaks of
+    memory, perhaps none."""
 
     efficiency: Efficiency
     residual: Residual
     scores: Column
     chip_scores: Column
+    memory_ratios: Column
 
     def has_run(self, chip: str) -> bool:
         """Whether a run on this kind of chip was among the measured ones."""
@@ -193,7 +196,7 @@ def calibrate(rows: Sequence[Published]) -> Calibration:
         )
     unseen = predict_unseen(rows, list(folds(groups)))
     without = predict_unseen(rows, without_each(rows, lambda row: row.setup.cluster.chip.kind))
-    return Calibration(*fit(rows), np.sort(unseen.score), np.sort(without.score))
+    return Calibration(*fit(rows), np.sort(unseen.score), np.sort(without.score), memory_ratios(rows))
 
 
 def load_calibration(file: Path = SHIPPED) -> Calibration:
@@ -212,7 +215,8 @@ def load_calibration(file: Path = SHIPPED) -> Calibration:
             kept["group"],
             kept["noise"],
         )
-        return Calibration(efficiency, residual, np.array(kept["scores"]), np.array(kept["chip_scores"]))
+        scores = np.array(kept["scores"]), np.array(kept["chip_scores"])
+        return Calibration(efficiency, residual, *scores, memory_ratios(rows))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file}: {error}; make it with `anabranch calibrate`", setting="calibration"
