@@ -128,9 +128,8 @@ def _names(cluster: list[str] | None, compare: tuple[str, str] | None) -> tuple[
     """Of the clusters to plan for, and of the two to compare; those without a number of nodes get the first one's."""
     if not cluster and compare is None:
         raise ConfigError("name an instance and how many, trn2.48xlarge:4", setting="cluster")
-    colon = (cluster or [""])[0].partition(":")[1:]
-    nodes = "".join(colon) if all(colon) else f":{NODES}"
-    pair = tuple(name if ":" in name else name + nodes for name in compare or ())
+    _, colon, nodes = (cluster or [""])[0].partition(":")
+    pair = tuple(name if ":" in name else f"{name}:{nodes if colon else NODES}" for name in compare or ())
     return cluster or [pair[0]], pair
 
 
@@ -165,12 +164,9 @@ def _skew(work: Work, clusters: list[Cluster], file: Path | None) -> tuple[dict[
     skew = rank_skew(
         degrees, experts=experts.count, top_k=experts.top_k, tokens=tokens, policy=work.policy, histogram=popularity
     )  # fmt: skip
-    unpriced = (
-        ""
-        if work.policy.planner == "static"
-        else "; guests' weights are not priced, `anabranch simulate` does"
-    )
-    return skew, f"{work.policy.planner} placement of {popularity.resampled(experts.count).source}{unpriced}"
+    origin = f"{work.policy.planner} placement of {popularity.resampled(experts.count).source}"
+    static = work.policy.planner == "static"
+    return skew, origin if static else f"{origin}; guests' weights are not priced, `anabranch simulate` does"
 
 
 def _here(model: str) -> str:
