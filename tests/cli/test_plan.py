@@ -115,6 +115,15 @@ def test_a_price_of_your_own_is_taken(tmp_path):
 
 
 MISTAKES = {
+    "a batch beyond any machine": ((*EXAMPLE, "--global-batch", 10**20), "global_batch: "),
+    "a length beyond any machine": ((*EXAMPLE, "--seq-len", 10**23), "seq_len: "),
+    "a step that is larger than the run": (
+        (*EXAMPLE, "--tokens", "1e6"),
+        "global_batch: a step of 1,024 sequences has 4,194,304 tokens, more than the run's 1e+06",
+    ),
+    "more tokens than there are": ((*EXAMPLE, "--tokens", "1e300"), "tokens: 1e+300 must be"),
+    "an empty precision": ((*EXAMPLE, "--precision", ""), "precision: "),
+    "hardly a use": ((*EXAMPLE, "--utilisation", "1e-300"), "utilisation: 1e-300 must lie in 0.001 to 1"),
     "no cluster": ([], "cluster: name an instance and how many"),
     "instance": (["--cluster", "trn9:4"], "instance: the catalog has no 'trn9'. It has p4d.24xlarge, "),
     "nodes": (["--cluster", "trn2.48xlarge:0"], "nodes: 0 given, must be at least 1"),
@@ -123,8 +132,8 @@ MISTAKES = {
     "tokens": ([*EXAMPLE, "--tokens", "0"], "tokens: 0 must be above 0"),
     "negative tokens": ([*EXAMPLE, "--tokens=-1e9"], "tokens: -1e+09 must be above 0"),
     "words": ([*EXAMPLE, "--tokens", "many"], "tokens: 'many' is no number"),
-    "seq_len": ([*EXAMPLE, "--seq-len", "0"], "seq_len: 0 must be a whole number of at least 1"),
-    "global_batch": ([*EXAMPLE, "--global-batch", "-4"], "global_batch: -4 must be a whole number of at least 1"),
+    "seq_len": ([*EXAMPLE, "--seq-len", "0"], "seq_len: 0 must be a whole number from 1 to"),
+    "global_batch": ([*EXAMPLE, "--global-batch", "-4"], "global_batch: -4 must be a whole number from 1 to"),
     "does not divide": (
         [*EXAMPLE, "--global-batch", "7", "--seq-len", "4095"],
         "cluster: no layout on 64 chips of trn2.48xlarge:4 divides",
@@ -136,7 +145,7 @@ MISTAKES = {
     "precision": ([*EXAMPLE, "--precision", "fp4"], "precision: the catalog knows no fp4 peak of trainium2"),
     "no precision": ([*EXAMPLE, "--precision", "int8"], "precision: 'int8' is none of bf16, fp8"),
     "basis": ([*EXAMPLE, "--basis", "on-demand"], "basis: no on-demand price of trn2.48xlarge is known; it has"),
-    "utilisation": ([*EXAMPLE, "--utilisation", "1.5"], "utilisation: 1.5 must be above 0 and at most 1"),
+    "utilisation": ([*EXAMPLE, "--utilisation", "1.5"], "utilisation: 1.5 must lie in 0.001 to 1"),
     "policy": ([*EXAMPLE, "--policy", "statik"], "planner: 'statik' is unknown; did you mean 'static'?"),
     "no catalog": ([*EXAMPLE, "--catalog", "none.toml"], "none.toml is no readable TOML file"),
     "no calibration": ([*EXAMPLE, "--calibration", "none.json"], "calibration: none.json: "),

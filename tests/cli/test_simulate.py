@@ -53,6 +53,8 @@ def test_the_users_own_popularity_is_taken(tmp_path):
         (["--layout", "experts=4"], "layout: 'experts=4'"),
         (["--layout", "ep=7"], "ep: 7 does not divide"),
         (["--layout", "dp=3"], "dp: "),
+        (["--layout", "ep=16,ep=8"], "layout.ep: given twice"),
+        (["--trace", "/tmp"], "trace: /tmp is a folder"),
         (["--policy", "statc"], "did you mean 'static'"),
         (["--model", "Llama-3.1-8B"], "model: "),
         (["--cluster", "trn9"], "instance: the catalog has no 'trn9'"),

@@ -51,6 +51,12 @@ def test_more_nodes_fail_more_often():
     assert large.mid < small.mid
 
 
+def test_llama_3_had_more_than_nine_tenths_left():
+    """16,384 GPUs: "higher than a 90% effective training time" (arXiv:2407.21783, section 3.3.4)."""
+    left = replace(TERMS, goodput=None).goodput_of(CATALOG.cluster("p5.48xlarge:2048"))
+    assert 0.6 < left.low < 0.9 < left.mid < 0.95 < left.high < 1
+
+
 def test_an_owner_pays_for_electricity(tmp_path, best):
     file = tmp_path / "own.toml"
     file.write_text('[instances."p5.48xlarge".prices]\nowned = { value = 10, unit = "USD/h" }\n')

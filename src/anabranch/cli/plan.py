@@ -23,10 +23,11 @@ from anabranch.planner.space import divisors
 from anabranch.simulator.histogram import natural_histogram, read_histogram
 from anabranch.simulator.skew import Policy, rank_skew
 from anabranch.workload.hf_config import read_shape
-from anabranch.workload.layout import Precision
+from anabranch.workload.layout import Layout, Precision
 from anabranch.workload.shape import ModelShape
 
 MODEL, TOKENS, SEQ_LEN, NODES = "Qwen3-30B-A3B", "1e12", 4096, 4
+LEAST_UTILISATION = 0.001
 STEP_TOKENS = 4 * 2**20  # of a step where no batch is given, as models of tens of billions are trained
 # The trainer that published runs of a family of chips have used, and of all others.
 SOFTWARE = {"trainium": "nxd"}
@@ -117,7 +118,8 @@ class Work(NamedTuple):
         chip = cluster.chip
         usual = "bf16" if "bf16" in chip.precisions else chip.precisions[0]
         trainer = OWN_SOFTWARE if self.by_train else SOFTWARE.get(chip.family, USUAL_SOFTWARE)
-        precision = cast("Precision", self.precision or usual)  # the request refuses what is none
+        asked = usual if self.precision is None else self.precision
+        precision = cast("Precision", asked)  # the request refuses what is none
         return Request(
             self.shape, cluster, self.tokens, self.seq_len, batch, precision, Software(family=trainer), skew,
             guest_slots=0 if self.policy.planner == "static" else self.policy.slots, by_train=self.by_train,
@@ -147,15 +149,16 @@ def _usual_batch(chips: int, seq_len: int) -> int:
 
 def _terms(known: Catalog, basis: str | None, utilisation: float | None) -> Terms:
     occupancy = 1.0 if utilisation is None else utilisation
-    if not 0.0 < occupancy <= 1.0:
-        raise ConfigError(f"{occupancy:g} must be above 0 and at most 1", setting="utilisation")
+    if not LEAST_UTILISATION <= occupancy <= 1.0:
+        raise ConfigError(f"{occupancy:g} must lie in {LEAST_UTILISATION:g} to 1", setting="utilisation")
     return Terms(known.figure("pue"), known.figure("electricity"), basis, occupancy)
 
 
 def _skew(work: Work, clusters: list[Cluster], file: Path | None) -> tuple[dict[int, float], str]:
     """Max over mean by expert-parallel degree, and where it is from."""
     experts, chips = work.shape.experts, max(cluster.chips for cluster in clusters)
-    work.policy.build()  # says what is wrong with its name
+    work.policy.build()  # says what is wrong with its name,
+    Layout(work.seq_len, 1)  # and this with the length
     if experts is None:
         return {1: 1.0}, "the model has no experts"
     popularity = natural_histogram(experts.count) if file is None else read_histogram(file)

@@ -11,12 +11,13 @@ from anabranch.errors import ConfigError
 from anabranch.training.folder import require_folder
 
 
-def require_json_file(json_file: Path | None) -> None:
-    """Raise ConfigError where `--json` cannot be written: minutes of figures are not lost for want of a folder."""
+def require_json_file(json_file: Path | None, setting: str = "json") -> None:
+    """Raise ConfigError where a file of results cannot be written: minutes of figures are not lost for want of a
+    folder. setting: the option that names it."""
     if json_file is not None:
-        require_folder("json", json_file.absolute().parent)
+        require_folder(setting, json_file.absolute().parent)
         if json_file.is_dir():
-            raise ConfigError(f"{json_file} is a folder; name a file", setting="json")
+            raise ConfigError(f"{json_file} is a folder; name a file", setting=setting)
 
 
 def write_results(

@@ -55,7 +55,7 @@ def simulate(
 ) -> None:  # fmt: skip
     """What natural skew costs a step, and what each policy makes of it: rows, guests, waiting, seconds."""
     require_json_file(json_file)
-    require_json_file(trace)
+    require_json_file(trace, "trace")
     shape, hardware = read_shape(model), load_catalog(catalog).cluster(cluster)
     chosen = _layout(layout, shape, hardware)
     software = Software(plan.SOFTWARE.get(hardware.chip.family, plan.USUAL_SOFTWARE))
@@ -70,6 +70,8 @@ def simulate(
         "policies": [_result(name, layers, prices, group) for name, layers in placed.items()],
     }  # fmt: skip
     _show(found)
+    for file in filter(None, (trace, json_file)):
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
     if trace is not None:
         timeline = Timeline(prices, placed[policies[0].planner], micro_batches)
         timeline.write_trace(trace)
@@ -106,12 +108,16 @@ def _layout(text: str, shape: ModelShape, cluster: Cluster) -> Layout:
     """Of "ep=16,pp=2". Not given: plan's usual length and about its tokens of a step, experts over as many chips as
     divide them in a domain, dp what is left of the chips."""
     fields: dict[str, Any] = {"seq_len": plan.SEQ_LEN}
+    given = set[str]()
     for part in filter(None, text.replace(" ", "").split(",")):
         name, _, value = part.partition("=")
         if name not in FIELDS or not value:
             raise ConfigError(f"{part!r}: write fields of {', '.join(FIELDS)}, ep=16,pp=2", setting="layout")
         if name not in CHOICES and not (value.isascii() and value.isdecimal() and len(value) < 10):
             raise ConfigError(f"{value!r} is no whole number", setting=f"layout.{name}")
+        if name in given:
+            raise ConfigError("given twice", setting=f"layout.{name}")
+        given.add(name)
         fields[name] = value if name in CHOICES else int(value)
     tp, pp, cp, etp, micro_batch = (
         max(1, fields.get(n, 1)) for n in ("tp", "pp", "cp", "etp", "micro_batch")

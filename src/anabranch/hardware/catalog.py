@@ -47,7 +47,9 @@ class Catalog:
         """Of "trn2.48xlarge:4" four such instances; of "trn2.48xlarge" one."""
         name, colon, nodes = text.partition(":")
         if colon and not re.fullmatch("[0-9]{1,6}", nodes):
-            raise ConfigError(f"{text!r}: write an instance and how many, trn2.48xlarge:4", setting="cluster")
+            raise ConfigError(
+                f"{text!r}: write an instance and how many, up to 999999, trn2.48xlarge:4", setting="cluster"
+            )
         return Cluster(self.instance(name), int(nodes) if colon else 1)
 
     @cached_property

@@ -26,6 +26,7 @@ BEST = 128  # layouts whose residual is predicted
 GIB = 2.0**30
 # Of a chip's memory, for what is no tensor of the model: runtime, buffers of collectives, gaps between allocations.
 RESERVE = 0.1
+MOST_TOKENS = 1e18  # a million times what any model has read
 
 USUAL_SOFTWARE = Software()
 
@@ -53,9 +54,16 @@ class Request:
     by_train: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.tokens < float("inf"):
-            raise ConfigError(f"{self.tokens:g} must be above 0", setting="tokens")
+        if not 0 < self.tokens <= MOST_TOKENS:
+            raise ConfigError(
+                f"{self.tokens:g} must be above 0 and at most {MOST_TOKENS:g}", setting="tokens"
+            )
         Layout(self.seq_len, self.global_batch, precision=self.precision)
+        if (step := self.global_batch * self.seq_len) > self.tokens:
+            raise ConfigError(
+                f"a step of {self.global_batch:,} sequences has {step:,} tokens, more than the run's {self.tokens:g}",
+                setting="global_batch",
+            )
         self.cluster.chip.peak_tflops(self.precision)
         if not 0 <= self.reserve < 1:
             raise ConfigError(f"{self.reserve:g} must be at least 0 and below 1", setting="reserve")

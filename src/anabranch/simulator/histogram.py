@@ -76,6 +76,8 @@ class Histogram:
 def histogram_of(counts_NE: IntArray | FloatArray, layer_N: IntArray, source: str) -> Histogram:
     """Of rows counted. Raises ConfigError naming `histogram` where a micro-batch has none."""
     rows_N = counts_NE.sum(axis=1, dtype=np.float64)
+    if not np.isfinite(rows_N).all():
+        raise ConfigError(f"{source}: rows must be finite numbers, and their sum too", setting="histogram")
     if not counts_NE.size or not (rows_N > 0).all():
         raise ConfigError(f"{source}: a layer without rows tells no popularity", setting="histogram")
     return Histogram(counts_NE / rows_N[:, None], layer_N, source)

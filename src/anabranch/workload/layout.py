@@ -17,6 +17,7 @@ Shard = Literal["none", "optimizer", "full"]
 CHOICES = {"recompute": get_args(Recompute), "precision": get_args(Precision), "shard": get_args(Shard)}
 # Layers' places of the pipeline that embedding (one) and head (two at most) take where stages are otherwise uneven.
 EMBEDDING_PLACES, HEAD_PLACES = 1, 2
+MOST = 10**9  # of any field: products of two fit a 64-bit integer
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Layout:
                     raise ConfigError(
                         f"{value!r} is none of {', '.join(CHOICES[field.name])}", setting=field.name
                     )
-            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{value!r} must be a whole number of at least 1", setting=field.name)
+            elif not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
+                raise ConfigError(f"{value!r} must be a whole number from 1 to {MOST:,}", setting=field.name)
 
     @property
     def chips(self) -> int:

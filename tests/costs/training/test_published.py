@@ -59,6 +59,9 @@ def test_parameters_are_those_that_rows_state():
         ({"hardware": "Abacus"}, "hardware: no system is known as 'Abacus'"),
         ({"n_devices": "7"}, "do not divide 7 devices"),
         ({"layers": "many"}, "layers: 'many' is no number"),
+        ({"heads": "0"}, "heads: 0 must be at least 1"),
+        ({"GBS": "0"}, "GBS: 0 must be at least 1"),
+        ({"GBS": "99999999999"}, "global_batch"),
         ({"hardware": "A100-80GB"}, "precision"),
         ({"step_time_s": "", "tokens_s_per_dev": "", "tflops_per_dev": ""}, "neither step time"),
         ({"step_time_s": "0"}, "step_time_s: 0 must be above 0"),
@@ -67,6 +70,13 @@ def test_parameters_are_those_that_rows_state():
 def test_a_row_that_cannot_be_simulated_has_a_reason(tmp_path, changes, reason):
     rows, unusable = read_published(write(tmp_path, **changes))
     assert not rows and reason in unusable[0].reason
+
+
+def test_a_line_that_is_too_short_is_one_row_less(tmp_path):
+    path = write(tmp_path)
+    path.write_text("\ufeff" + path.read_text() + "X1,foo\n", encoding="utf-8")
+    rows, unusable = read_published(path)
+    assert [row.id for row in rows] == ["V0036"] and unusable[0].id == "X1"
 
 
 def test_a_file_without_the_columns_is_refused(tmp_path):

@@ -67,10 +67,11 @@ class Unusable:
 def read_published(table: Path = TABLE) -> tuple[list[Published], list[Unusable]]:
     """All rows of `table`. Raises DataError where the file is not such a table."""
     try:
-        with table.open(newline="", encoding="utf-8") as file:
+        with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = [name for name in REQUIRED if name not in (reader.fieldnames or ())]
-            rows = list(reader)
+            # A line that is too short lacks its last cells; one that is too long has them under None.
+            rows = [{name: cell or "" for name, cell in row.items() if name} for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: {error}", setting="table") from error
     if missing:
@@ -96,7 +97,7 @@ def _published(name: str, row: dict[str, str], catalog: Catalog) -> Published:
     measured = _number(row, quantity)
     if measured <= 0:
         raise DataError(f"{measured:g} must be above 0", setting=quantity)
-    tokens = layout.tokens / _number(row, "n_devices")
+    tokens = layout.tokens / _size(row, "n_devices")
     per_step = {
         "step_time_s": 1.0,
         "tokens_s_per_dev": tokens,
@@ -132,18 +133,25 @@ def _whole(row: dict[str, str], column: str, default: int | None = None) -> int:
     return round(_number(row, column, None if default is None else float(default)))
 
 
+def _size(row: dict[str, str], column: str) -> int:
+    """At least 1. Raises DataError naming the column."""
+    if (size := _whole(row, column)) < 1:
+        raise DataError(f"{size} must be at least 1", setting=column)
+    return size
+
+
 def _shape(row: dict[str, str]) -> ModelShape:
     """GPT-style models (named GPT-, Megatron- or Turing-) have two matrices a feed-forward and whole keys and values.
 
     MLA has the ranks of DeepSeek-V2-Lite below a hidden size of 4096 and of DeepSeek-V3 above.
     """
-    layers, hidden, name = _whole(row, "layers"), _whole(row, "hidden"), row["model"]
+    layers, hidden, name = _size(row, "layers"), _size(row, "hidden"), row["model"]
     classic = re.match(r"(GPT-?\d|Megatron|Turing)", name) is not None
-    heads = _whole(row, "heads")
+    heads = _size(row, "heads")
     mla = "MLA" in row["heads"]
     # Qwen3 (arXiv:2505.09388) and gpt-oss (arXiv:2508.10925) set heads apart from the hidden size.
     head_dim = 128 if "Qwen3" in name else 64 if "OSS" in name.upper() else hidden // heads
-    attention = Attention(heads, _whole(row, "kv_heads", heads), head_dim)
+    attention = Attention(heads, _whole(row, "kv_heads", heads) or heads, head_dim)
     if mla:
         attention = Attention(heads, heads, 192, Latent(1536 if hidden > 4096 else None, 512, 64, 128, 128))
     count = _whole(row, "experts", 0)
@@ -151,12 +159,12 @@ def _shape(row: dict[str, str]) -> ModelShape:
     first = int(dense_first.group(1)) if dense_first else 0
     experts = None
     if count:
-        width = _whole(row, "moe_ffn")
-        experts = Experts(count, _whole(row, "top_k"), width, tuple(range(first, layers)),
+        width = _size(row, "moe_ffn")
+        experts = Experts(count, _size(row, "top_k"), width, tuple(range(first, layers)),
                           shared_width=_shared(row, width))  # fmt: skip
     wide = _whole(row, "ffn", 4 * hidden)
     dense = DenseFeedForward(wide, gated=not classic) if not count or first else None
-    return ModelShape(name, _whole(row, "vocab"), hidden, layers, attention, dense, experts,
+    return ModelShape(name, _size(row, "vocab"), hidden, layers, attention, dense, experts,
                       mtp=1 if "MTP" in row["layers"] else 0)  # fmt: skip
 
 
@@ -175,7 +183,7 @@ def _layout(row: dict[str, str]) -> Layout:
     torchtitan's batch of a pipeline is cut into micro-batches of one sequence. Experts without an EP degree under
     FSDP are spread over all ranks that have one.
     """
-    chips = _whole(row, "n_devices")
+    chips = _size(row, "n_devices")
     tp, pp, cp = (_whole(row, name, 1) or 1 for name in ("TP", "PP", "CP"))
     if row["hardware"].startswith("Trainium1"):
         tp = max(1, tp // 2)
@@ -183,7 +191,7 @@ def _layout(row: dict[str, str]) -> Layout:
     count = _whole(row, "experts", 0)
     full_shard = _sharded(row)
     ep = _whole(row, "EP", min(dp, count) if full_shard and count else 1) if count else 1
-    batch = _whole(row, "GBS")
+    batch = _size(row, "GBS")
     per_replica = re.match(r"\s*(\d+)\s*/\s*DP", row["GBS"])
     if per_replica:
         batch = int(per_replica.group(1)) * dp
@@ -191,7 +199,7 @@ def _layout(row: dict[str, str]) -> Layout:
     if "torchtitan" in row.get("framework", "") and pp > 1:
         micro = 1
     layout = Layout(
-        seq_len=_whole(row, "seq_len"), global_batch=batch, micro_batch=min(micro, max(1, batch // dp)), tp=tp, pp=pp,
+        seq_len=_size(row, "seq_len"), global_batch=batch, micro_batch=min(micro, max(1, batch // dp)), tp=tp, pp=pp,
         vp=_whole(row, "VP", 1) or 1, ep=ep, etp=_whole(row, "ETP", 1) or 1, cp=cp, dp=dp,
         recompute="full" if row.get("recompute", "").startswith("full") else "none",
         precision=_precision(row), shard="full" if full_shard else "optimizer",
@@ -262,4 +270,4 @@ def _cluster(row: dict[str, str], catalog: Catalog) -> Cluster:
     if name is None:
         raise DataError(f"no system is known as {row['hardware']!r}", setting="hardware")
     instance = catalog.instance(name)
-    return Cluster(instance, -(-_whole(row, "n_devices") // instance.chips))
+    return Cluster(instance, -(-_size(row, "n_devices") // instance.chips))
