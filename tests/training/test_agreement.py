@@ -1,10 +1,12 @@
 """Ranks act alike or not at all."""
 
+import os
+
 import pytest
 import torch.distributed as dist
 
 from anabranch.errors import ConfigError, DataError, RankError
-from anabranch.training.agreement import is_first, on_all_ranks, require_equal, wait_at_most, world_size
+from anabranch.training.agreement import is_first, join, on_all_ranks, require_equal, wait_at_most, world_size
 
 
 def fails_on(ranks):
@@ -78,3 +80,12 @@ def test_every_group_is_held_to_the_timeout(ranks2):
     told, _ = ranks2.run(waits_for_nobody)
     assert "imed out" in told
     ranks2.close()  # a group that timed out is of no more use
+
+
+def test_a_single_rank_is_no_distributed_run(monkeypatch):
+    """accelerate goes by LOCAL_RANK alone, and would wrap the model in DDP."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    join(timeout_s=10)
+    assert "LOCAL_RANK" not in os.environ
+    assert not dist.is_initialized()

@@ -20,7 +20,11 @@ T = TypeVar("T")
 
 def join(timeout_s: int) -> None:
     """Join the group of ranks that the environment describes; a process by itself needs none."""
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if dist.is_initialized():
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        # Where torchrun named a rank, accelerate would wrap even a single one's model in DDP: all gradients twice.
+        os.environ.pop("LOCAL_RANK", None)
         return
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:  # else all ranks of a machine would meet on its first device
@@ -56,7 +60,7 @@ def on_all_ranks(action: Callable[[], T]) -> T:
         result, failure = action(), None
     except AnabranchError as error:
         result, failure = None, error
-    first = next((error for error in _gathered(failure) if error is not None), None)
+    first = next((error for error in gathered(failure) if error is not None), None)
     if first is not None:
         raise first
     return result  # pyright: ignore[reportReturnType]
@@ -64,7 +68,7 @@ def on_all_ranks(action: Callable[[], T]) -> T:
 
 def require_equal(settings: Mapping[str, Any]) -> None:
     """Raise RankError on all ranks where they were started with different settings."""
-    known = _gathered(dict(settings))
+    known = gathered(dict(settings))
     for rank, theirs in enumerate(known):
         changed = [name for name in known[0] if theirs[name] != known[0][name]]
         if changed:
@@ -74,7 +78,7 @@ def require_equal(settings: Mapping[str, Any]) -> None:
             raise RankError(f"{told}; start every rank with the same settings", setting=changed[0])
 
 
-def _gathered(value: Any) -> list[Any]:
+def gathered(value: Any) -> list[Any]:
     """Every rank's value, in the order of ranks."""
     if not dist.is_initialized():
         return [value]

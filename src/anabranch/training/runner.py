@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.integrations.callback import AdaptiveCallback
+from anabranch.integrations.own_share import own_shares
 from anabranch.integrations.transformers import NAME, register
 from anabranch.placement.pricing import Pricing
 from anabranch.telemetry.jsonl import JsonlSink
@@ -109,19 +110,23 @@ def _data(config: RunConfig, origin: Origin) -> TrainingData:
 def _load(config: RunConfig, origin: Origin, checkpoint: Path | None) -> PreTrainedModel:
     """The model with the weights of a checkpoint or of its origin, else with new ones of the run's seed."""
     if checkpoint is not None:
-        return on_all_ranks(lambda: _from_folder(config, checkpoint, "resume"))
+        return on_all_ranks(lambda: from_folder(config, checkpoint, "resume"))
     if (weights := origin.weights) is not None:
-        return on_all_ranks(lambda: _from_folder(config, weights, "model"))
+        return on_all_ranks(lambda: from_folder(config, weights, "model"))
     scratch = config.folder.scratch
     try:
         on_all_ranks(lambda: origin.write_initial(scratch, config.seed) if is_first() else None)
-        return on_all_ranks(lambda: _from_folder(config, scratch, "out"))
+        return on_all_ranks(lambda: from_folder(config, scratch, "out"))
     finally:
         if is_first():
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _from_folder(config: RunConfig, folder: Path, setting: str) -> PreTrainedModel:
+def from_folder(config: RunConfig, folder: Path, setting: str) -> PreTrainedModel:
+    """The model with the weights in `folder`, as the run shares it between ranks. setting: what named the folder.
+
+    Raises CheckpointError where they cannot be read or are of another model.
+    """
     sharding = DistributedConfig(
         fsdp_size=config.ranks,
         ep_size=config.group_size,
@@ -149,6 +154,7 @@ def _from_folder(config: RunConfig, folder: Path, setting: str) -> PreTrainedMod
             "its config.json is of another model",
             setting=setting,
         )
+    own_shares(model)
     return model
 
 
@@ -177,7 +183,7 @@ def _train(
         recorder = _recorder(config, balance, data, checkpoint, watchers, closers)
         trainer = AdaptiveTrainer(
             model=model,
-            args=_arguments(config),
+            args=arguments(config),
             train_dataset=data.train,
             eval_dataset=Subset(data.validation, range(min(EVAL_WINDOWS, len(data.validation)))),
             processing_class=data.tokenizer,
@@ -229,7 +235,8 @@ def _recorder(
     return recorder
 
 
-def _arguments(config: RunConfig) -> TrainingArguments:
+def arguments(config: RunConfig) -> TrainingArguments:
+    """What the Trainer is told."""
     return TrainingArguments(
         output_dir=str(config.folder.checkpoints),
         max_steps=config.steps,
