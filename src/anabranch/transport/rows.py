@@ -96,9 +96,23 @@ class _WeighRows(torch.autograd.Function):
         return grad_y, (grad_ND * y_ND).sum(dim=-1).to(weight_N.dtype)
 
 
+class _SumRows(torch.autograd.Function):
+    """(N, D) to (U, D): rows summed by token. `index_add` by itself would keep the rows until backward, which reads
+    nothing of them but their number."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, token_N: Tensor, tokens: int) -> Tensor:
+        ctx.save_for_backward(token_N)
+        return rows_ND.new_zeros((tokens, rows_ND.shape[-1])).index_add_(0, token_N, rows_ND)
+
+    @staticmethod
+    def backward(ctx: Any, grad_UD: Tensor) -> tuple[Tensor, None, None]:
+        (token_N,) = ctx.saved_tensors
+        return grad_UD.index_select(0, token_N), None, None
+
+
 def fan_in(y_ND: Tensor, weight_N: Tensor | None, token_N: Tensor, tokens: int) -> Tensor:
     """(U, D): rows, weighted where weights are given, summed per token in fp32 at least, in the rows' precision."""
     wide = torch.promote_types(y_ND.dtype, torch.float32)
     rows_ND = y_ND.to(wide) if weight_N is None else _WeighRows.apply(y_ND, weight_N)
-    sums_UD = torch.zeros((tokens, y_ND.shape[-1]), dtype=wide, device=y_ND.device)
-    return sums_UD.index_add(0, token_N, rows_ND).to(y_ND.dtype)
+    return _SumRows.apply(rows_ND, token_N, tokens).to(y_ND.dtype)
