@@ -140,7 +140,9 @@ def _where(f: Fields, rule: Callable[[int], bool]) -> tuple[int, ...]:
 
 
 def _top_k(f: Fields, count: str, field: str = "num_experts_per_tok") -> tuple[int, int]:
-    """Experts of a layer and of a token."""
+    """Experts of a layer and of a token. transformers (5.24) saves every family's count as `num_local_experts`."""
+    if f.given(count) is None and f.given("num_local_experts") is not None:
+        count = "num_local_experts"
     experts, top_k = f.count(count), f.count(field)
     if top_k > experts:
         f.fail(field, f"{top_k} experts a token, but {count} is {experts}")
