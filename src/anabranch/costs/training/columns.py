@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from anabranch.costs.training.setup import Setup, Software
 from anabranch.hardware.instance import Cluster
+from anabranch.workload.layout import Layout
 from anabranch.workload.shape import ModelShape
 
 Column = NDArray[np.float64]
@@ -174,18 +175,21 @@ def columns_of(setups: Sequence[Setup]) -> Columns:
     models = [model_values(setup.shape, setup.layout.seq_len) for setup in setups]
     chips = [chip_values(setup.cluster, setup.layout.precision) for setup in setups]
     traits = [software_values(setup.software, setup.layout.precision) for setup in setups]
-    layouts = [_layout_values(setup) for setup in setups]
     return Columns(
         ModelColumns(*(np.concatenate(column) for column in zip(*models, strict=True))),
         ChipColumns(*(np.concatenate(column) for column in zip(*chips, strict=True))),
-        LayoutColumns(*(np.array(column) for column in zip(*layouts, strict=True))),
+        layout_columns([setup.layout for setup in setups]),
         SoftwareColumns(*(np.concatenate(column) for column in zip(*traits, strict=True))),
         np.array([setup.skew for setup in setups]),
     )
 
 
-def _layout_values(setup: Setup) -> tuple[float, ...]:
-    layout = setup.layout
+def layout_columns(layouts: Sequence[Layout]) -> LayoutColumns:
+    """One row a layout."""
+    return LayoutColumns(*(np.array(column) for column in zip(*map(_layout_values, layouts), strict=True)))
+
+
+def _layout_values(layout: Layout) -> tuple[float, ...]:
     numbers = (
         layout.tp, layout.pp, layout.vp, layout.ep, layout.etp, layout.cp, layout.dp,
         layout.micro_batch, layout.global_batch, layout.seq_len,

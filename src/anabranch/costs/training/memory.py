@@ -1,12 +1,11 @@
 """Peak memory of training on the fullest chip, for many layouts at once, by what the bytes are.
 
-A peak is a stage of the pipeline at a moment: the loss on the last stage, or the backward of a layer. Each part below
-is what it holds there. Counted are tensors, not what an allocator keeps around them, nor a framework's own buffers.
-
-State: parameters with what `State` says of each. With tensor parallelism matrices are divided, while norms, routers
-and down-projections to latents are whole on every rank. Activations: numbers that the blocks keep for backward
-(`anabranch.workload.blocks`), for as many micro-batches as a stage holds: pp - stage of them under 1F1B (Narayanan et
-al. 2021, arXiv:2104.04473), more when interleaved (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.3).
+A peak is a stage of the pipeline at a moment: at the loss, in the backward of the stage's last layer, when most
+activations are there, or of its first, when most gradients are. Counted are tensors, not what an allocator keeps around
+them, nor a framework's own buffers. With tensor parallelism matrices are divided, while norms, routers and
+down-projections to latents are whole on every rank. A stage holds activations of pp - stage micro-batches under 1F1B
+(Narayanan et al. 2021, arXiv:2104.04473), of more when interleaved (Korthikanti et al. 2022, arXiv:2205.05198, section
+4.2.3). What is kept of each parameter and block says the `Stack`.
 """
 
 from typing import NamedTuple
@@ -15,41 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anabranch.costs.training.columns import Column, LayoutColumns
-from anabranch.workload.shape import KeptNumbers, ModelShape
+from anabranch.costs.training.stacks import Stack, megatron
+from anabranch.workload.shape import ModelShape
 
-
-class State(NamedTuple):
-    """Bytes of one parameter: kept between steps as weight, gradient and optimizer's state; `compute` as products read
-    it, which is what FSDP gathers."""
-
-    weight: float
-    gradient: float
-    optimizer: float
-    compute: float
-
-    @property
-    def total(self) -> float:
-        return self.weight + self.gradient + self.optimizer
-
-
-# Adam has two fp32 moments. MIXED: bf16 weights beside an fp32 master copy, gradients summed in fp32 (Megatron-LM).
-# MASTER: what is sharded is the master copy itself, gathered in bf16 (FSDP2's mixed precision; `anabranch train`).
-PLAIN = State(weight=4, gradient=4, optimizer=8, compute=4)
-MIXED = State(weight=2, gradient=4, optimizer=12, compute=2)
-MASTER = State(weight=4, gradient=4, optimizer=8, compute=2)
-
-# Bytes of a logit at the loss: in the precision of the product, and in fp32 as the softmax that backward turns into
-# the gradient in place (Megatron-LM's vocab-parallel cross entropy).
-SOFTMAX_BYTES = 4.0
-GATHERED_LAYERS = 2.0  # FSDP gathers the next layer while one computes
-FULLEST_STAGES = 3  # the first, the second (its layers may be larger), the last
+FP32 = 4.0  # FSDP reduces gradients in fp32, from a buffer of their padded size
+BLOCK = 8192  # layouts at once, so that their columns stay in a core's cache
 
 
 class MemoryParts(NamedTuple):
     """Bytes on the fullest chip at its peak, N each.
 
-    weights: with FSDP also the gathered layers. activations: kept for backward, and the gradients in a layer. guests:
-    weights of borrowed experts (the adaptive layer). exchange: rows on their way to experts and back.
+    weights: with FSDP also gathered layers. gradients: with those of one layer before they are reduced. activations:
+    kept for backward, and what the backward of a layer adds. guests: borrowed experts (the adaptive layer) and their
+    gradients. exchange: rows on their way to experts and back.
     """
 
     weights: Column
@@ -62,12 +39,7 @@ class MemoryParts(NamedTuple):
 
     @property
     def total(self) -> Column:
-        return np.sum(np.stack(self), axis=0)
-
-
-def state_of(precision: str, layouts: LayoutColumns) -> tuple[State, State]:
-    """Of layouts without and with FSDP."""
-    return (PLAIN, PLAIN) if precision == "fp32" else (MIXED, MASTER)
+        return sum(self[1:], self[0])
 
 
 def peak_memory(
@@ -75,27 +47,22 @@ def peak_memory(
     layouts: LayoutColumns,
     precision: str,
     skew: Column | float = 1.0,
-    guest_slots: int = 0,
-    states: tuple[State, State] | None = None,
+    guest_slots: float = 0.0,
+    stack: Stack | None = None,
 ) -> MemoryParts:
     """Of each layout. skew: rows of the fullest expert rank over the mean. guest_slots: borrowed experts that a rank
-    may hold in each MoE layer. states: without and with FSDP; of `precision` where not given."""
-    plain, sharded = states or state_of(precision, layouts)
-    number = 4.0 if precision == "fp32" else 2.0
-    peaks = list[MemoryParts]()
-    for place in range(FULLEST_STAGES):
-        stage = np.minimum(float(place), layouts.pp - 1.0) if place < 2 else layouts.pp - 1.0
-        held = _stage(shape, layouts, stage)
-        kept = _kept(shape, layouts, held, stage, skew) * number
-        inside = _inside(shape, layouts, held, skew) * number
-        guests, lent = _guests(shape, layouts, held, stage, guest_slots, number)
-        logits = _logits(shape, layouts, number) * held.last
-        rows = _exchanged(shape, layouts, skew) * number * (held.moe > 0)
-        state = _state(shape, layouts, held, plain, sharded)
-        nothing = np.zeros_like(kept)
-        peaks.append(MemoryParts(*state, kept, logits, guests, nothing))
-        peaks.append(MemoryParts(*state, kept + inside, nothing, guests + lent, rows))
-    return _largest(peaks)
+    holds in each MoE layer. stack: whose kernels; `megatron`'s where not given."""
+    stack, count = stack or megatron(shape, precision), len(layouts.tp)
+    skews = np.broadcast_to(np.asarray(skew, dtype=np.float64), count)
+    blocks = list[MemoryParts]()
+    for start in range(0, count, BLOCK):
+        rows = slice(start, start + BLOCK)
+        some = LayoutColumns(*(column[rows] for column in layouts))
+        # The first stage, the second (its layers may be larger) and the last are candidates for the fullest.
+        places = (np.zeros_like(some.pp), np.minimum(1.0, some.pp - 1.0), some.pp - 1.0)
+        stages = (_Stage(shape, stack, some, place, skews[rows], guest_slots) for place in places)
+        blocks.append(_largest([peak for stage in stages for peak in _peaks(stage)]))
+    return MemoryParts(*(np.concatenate(part) for part in zip(*blocks, strict=True)))
 
 
 def _largest(peaks: list[MemoryParts]) -> MemoryParts:
@@ -106,187 +73,202 @@ def _largest(peaks: list[MemoryParts]) -> MemoryParts:
     )
 
 
-class _Held(NamedTuple):
-    """Of one stage: layers of each kind, and whether embedding (first) and head (last) are there, 0 or 1."""
+class _Stage:
+    """One stage of each layout. Parameters are those of a chip before they are sharded over data; `beside`: of one
+    layer without its experts. Bytes are of one micro-batch: `layer` kept by a layer, `inside` by its feed-forward; of a
+    stage that has layers with experts, one of those."""
 
-    dense: Column
-    moe: Column
-    first: Column
-    last: Column
+    def __init__(
+        self,
+        shape: ModelShape,
+        stack: Stack,
+        layouts: LayoutColumns,
+        place: Column,
+        skew: Column,
+        guests: float,
+    ) -> None:
+        self.shape, self.stack, self.layouts, self.place = shape, stack, layouts, place
+        self.first = (place <= 0.0).astype(np.float64)
+        self.last = (place >= layouts.pp - 1.0).astype(np.float64)
+        self.layers, moe = _layers(shape, layouts, place)
+        self.moe, self.has_moe = moe, moe > 0
+        self.full, self.ranks = layouts.fsdp > 0, layouts.dp * layouts.cp
+        self.fsdp = 1.0 * (self.full & (layouts.chips > 1))
+        # Of a chip: sequence parallelism divides what tensor parallelism does not.
+        self.tokens = layouts.micro_batch * layouts.seq_len / layouts.cp / layouts.tp
+        top_k, count = (shape.experts.top_k, shape.experts.count) if shape.experts else (0, 0)
+        self.rows = self.tokens * top_k * layouts.etp * skew  # computed here, or 1 / etp of each
+        self.guest = guests * shape.expert_params / layouts.etp * (layouts.ep > 1) * stack.sharded.compute
+        self._parameters(np.ceil(count / layouts.ep) * shape.expert_params / layouts.etp)
+        row = self.rows * (stack.row.wide + stack.row.split / layouts.etp)
+        kept = [self.tokens * (stack.attention.total + block.total) for block in (stack.dense, stack.moe)]
+        self.whole = (self.layers - moe) * kept[0] + moe * (kept[1] + row)
+        self.layer = np.where(self.has_moe, kept[1] + row, kept[0])
+        self.inside = np.where(self.has_moe, row, self.tokens * stack.dense.split)
+
+    def _parameters(self, experts: Column) -> None:
+        shape, attention, tp = self.shape, self.shape.attention, self.layouts.tp
+        if attention.latent is None:  # key/value heads fewer than ranks are copied
+            kv = 2.0 * attention.kv_heads * attention.head_dim * shape.hidden
+            block = (shape.attention_params - kv) / tp + kv / np.minimum(tp, attention.kv_heads)
+        else:
+            latent = attention.latent
+            down = shape.hidden * ((latent.q_rank or 0.0) + latent.kv_rank + latent.rope_dim)
+            block = (shape.attention_params - down) / tp + down
+        block = block + shape.norms.per_layer * shape.norm_params
+        dense, moe = block + shape.dense_params / tp, block + shape.router_params + shape.shared_params / tp
+        # A tied head is the embedding, unless they are on different stages.
+        self.table = shape.vocab * shape.hidden / tp
+        tables = np.maximum(self.first, self.last) if shape.tied else self.first + self.last
+        join = shape.mtp * (2.0 * shape.hidden**2 / tp + 3.0 * shape.norm_params)
+        ends = tables * self.table + self.first * shape.positions * shape.hidden
+        layers = (self.layers - self.moe) * dense + self.moe * moe
+        self.shared = layers + ends + self.last * (join + shape.norm_params)
+        self.experts, self.all_experts = experts * self.has_moe, experts * self.moe
+        self.beside = np.where(self.has_moe, moe, dense)
+
+    def owned(self, shared: Column, experts: Column) -> Column:
+        """What sharding over data leaves of parameters."""
+        return shared / self.ranks + experts / self.layouts.edp
+
+    @property
+    def in_flight(self) -> Column:
+        """Micro-batches whose activations are held at once; a fraction where chunks of layers interleave."""
+        layouts, ahead = self.layouts, self.layouts.pp - self.place - 1.0
+        chunks = np.where(layouts.vp > 1, 2.0 * ahead + (layouts.vp - 1.0) * layouts.pp + 1.0, ahead + 1.0)
+        return np.minimum(chunks, layouts.micro_batches * layouts.vp) / layouts.vp
 
 
-def _stage(shape: ModelShape, layouts: LayoutColumns, stage: Column) -> _Held:
-    """As `Layout.stage_layers` divides them: all alike, the first and the last up to a layer or two shorter."""
+def _layers(shape: ModelShape, layouts: LayoutColumns, place: Column) -> tuple[Column, Column]:
+    """All layers of a stage, and those with experts, as `Layout.stage_layers` divides them: all stages alike, the first
+    and the last up to a layer or two shorter."""
     kinds = np.zeros(shape.layers + shape.mtp)
     if shape.experts:
         kinds[list(shape.experts.layers)] = 1.0
         kinds[shape.layers :] = kinds[shape.layers - 1]
-    before = np.concatenate([[0.0], np.cumsum(kinds)])
-    count, stages = len(kinds), layouts.pp * layouts.vp
+    before, count = np.concatenate([[0.0], np.cumsum(kinds)]), len(kinds)
+    stages = layouts.pp * layouts.vp
     short = np.mod(-count, stages)
     each, first = (count + short) / stages, np.minimum(1.0, short // 2)
     layers, moe = np.zeros_like(each), np.zeros_like(each)
+
+    def index(stage: Column) -> NDArray[np.intp]:
+        return np.clip(np.rint(stage * each - first), 0, count).astype(np.intp)
+
     for chunk in range(int(layouts.vp.max())):
-        place = chunk * layouts.pp + stage
-        begin = _index(np.maximum(place * each - first, 0.0), count)
-        end = _index((place + 1.0) * each - first, count)
+        begin, end = index(chunk * layouts.pp + place), index(chunk * layouts.pp + place + 1.0)
         here = chunk < layouts.vp
-        layers = layers + np.where(here, end - begin, 0)
-        moe = moe + np.where(here, before[end] - before[begin], 0.0)
-    ends = (stage == 0.0, stage == layouts.pp - 1.0)
-    return _Held(layers - moe, moe, *(end.astype(float) for end in ends))
+        layers, moe = layers + here * (end - begin), moe + here * (before[end] - before[begin])
+    return layers, moe
 
 
-def _index(place: Column, count: int) -> NDArray[np.intp]:
-    return np.minimum(np.rint(place), count).astype(np.intp)
+class _Moment(NamedTuple):
+    """What is there beside the state between steps, in bytes. gradients: all, where they come with backward."""
+
+    gathered: Column
+    gradients: Column
+    activations: Column
+    logits: Column | float = 0.0
+    guests: Column | float = 0.0
+    exchange: Column | float = 0.0
 
 
-def _in_flight(layouts: LayoutColumns, stage: Column) -> Column:
-    """Micro-batches whose activations a stage holds at once; a fraction where chunks of layers interleave."""
-    ahead = layouts.pp - stage - 1.0
-    chunks = np.where(layouts.vp > 1, 2.0 * ahead + (layouts.vp - 1.0) * layouts.pp + 1.0, ahead + 1.0)
-    return np.minimum(chunks, layouts.micro_batches * layouts.vp) / layouts.vp
+def _peaks(stage: _Stage) -> list[MemoryParts]:
+    """The moments of a stage that may be its peak."""
+    stack, layouts = stage.stack, stage.layouts
+    owned, everything = stage.owned(stage.shared, stage.all_experts), stage.shared + stage.all_experts
+    own = np.where(stage.full, owned, everything)
+    divided = np.where(np.maximum(layouts.divided, layouts.fsdp) > 0, owned, everything)
+    bytes_of = (np.where(stage.full, b, a) for a, b in zip(stack.plain, stack.sharded, strict=True))
+    weight, gradient, adam, compute = bytes_of
+    weights, gradients, optimizer = own * weight, own * gradient, divided * adam
+    always, empty = gradients * stack.main_gradients, np.zeros_like(own)
+    return [
+        MemoryParts(weights + m.gathered, always + m.gradients, optimizer, m.activations, empty + m.logits,
+                    empty + m.guests, empty + m.exchange)
+        for m in _moments(stage, gradients, compute)
+    ]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------ state
+def _moments(stage: _Stage, gradients: Column, compute: Column) -> list[_Moment]:
+    """The loss; the last layer's backward; where gradients come with it, the first layer's, and the embedding's."""
+    stack, layouts, shape, full = stage.stack, stage.layouts, stage.shape, stage.full
+    comes, tied, everything = not stack.main_gradients, shape.tied, stage.shared + stage.all_experts
+    kept_stage = stage.fsdp * (layouts.pp > 1) * stack.whole_stages
+    # FSDP keeps the head gathered from forward to backward.
+    table, head = stage.first * stage.table, stage.last * stage.table
+    held = np.where(kept_stage > 0, everything, head * (stack.tied_copies if tied else 1.0))
+    tail = stage.fsdp * compute * held
+    casts = stack.cast * (stage.shared - (not tied) * table)
+    recomputed = stage.layers * stage.tokens * stack.layer_input
+    kept = np.where(layouts.full > 0, recomputed, stage.whole) * stage.in_flight
+    lent = stage.guest * (1.0 - layouts.full)
+    # Of earlier micro-batches, whole where FSDP has not reduced them yet.
+    whole = kept_stage + stage.fsdp * (layouts.micro_batches > 1) * stack.deferred > 0
+    before = comes * np.where(whole, everything * FP32, gradients * (layouts.micro_batches > 1))
+    logits = stage.last * stage.tokens * shape.vocab * stack.logit
+    loss = kept + stage.last * stage.tokens * stack.head
+    guests = lent * stage.moe * stage.in_flight
+    # The head's gradient: reduced, beside the buffer it was reduced from; a tied one waits for the embedding's.
+    head = comes * head * np.where(full, compute if tied else FP32 * (1.0 + 1.0 / stage.ranks), FP32)
+    last = np.where(before > 0, before, head)
+    moments = [_Moment(tail + casts, before, loss, logits, guests)]
+    moments += _backward(stage, kept, last, tail + casts, guests, compute)
+    if stack.main_gradients:
+        return moments
+    return [*moments, *_end(stage, kept, gradients, tail, lent * stage.has_moe, compute)]
 
 
-class _Params(NamedTuple):
-    """Parameters that one chip would hold without sharding over data: `shared` with every rank of the data-parallel
-    group, `experts` with the ranks that have the same experts."""
-
-    shared: Column
-    experts: Column
-
-
-def _layer_params(shape: ModelShape, layouts: LayoutColumns) -> tuple[Column, Column, Column]:
-    """Of a layer's attention with its norms, of a dense feed-forward, of what stands beside experts."""
-    tp, attention, hidden = layouts.tp, shape.attention, shape.hidden
-    if attention.latent is None:  # key/value heads fewer than ranks are copied
-        kv = 2.0 * attention.kv_heads * attention.head_dim * hidden
-        block = (shape.attention_params - kv) / tp + kv / np.minimum(tp, attention.kv_heads)
-    else:
-        down = hidden * (
-            (attention.latent.q_rank or 0) + attention.latent.kv_rank + attention.latent.rope_dim
-        )
-        block = (shape.attention_params - down) / tp + down
-    norms = shape.norms.per_layer * shape.norm_params
-    return block + norms, shape.dense_params / tp, shape.router_params + shape.shared_params / tp
+def _end(
+    stage: _Stage, kept: Column, gradients: Column, tail: Column, guests: Column, compute: Column
+) -> list[_Moment]:
+    """The first layer's backward, when the gradients of all others are there, and the embedding's."""
+    stack, full, tied = stage.stack, stage.full, stage.shape.tied
+    one = np.where(stage.layouts.full > 0, stage.tokens * stack.layer_input, stage.layer)
+    table, ranks = stage.first * stage.table, np.where(full, stage.ranks, 1.0)
+    owned = FP32 * table / ranks
+    missing = FP32 * np.where(full, stage.owned(stage.beside, stage.experts), stage.beside + stage.experts)
+    waiting = tied * table * np.where(full, compute, FP32)
+    buffer = stage.fsdp * stage.beside * FP32  # of the layer before
+    others = gradients - missing - owned + waiting + buffer
+    embedding = np.where(full, table * (compute + FP32) - owned, tied * owned)
+    rest = kept * (1.0 - 1.0 / stage.in_flight)
+    return [
+        *_backward(stage, kept - (stage.layers - 1.0) * one, others, tail, guests, compute),
+        _Moment(tail, gradients + embedding, rest),
+    ]
 
 
-def _params(shape: ModelShape, layouts: LayoutColumns, held: _Held) -> _Params:
-    attention, dense, beside = _layer_params(shape, layouts)
-    table = shape.vocab * shape.hidden
-    # A tied head is the embedding, unless they are on different stages.
-    tables = np.maximum(held.first, held.last) if shape.tied else held.first + held.last
-    ends = (
-        tables * table / layouts.tp
-        + held.first * shape.positions * shape.hidden
-        + held.last * shape.norm_params
+def _backward(
+    stage: _Stage, kept: Column, gradients: Column, gathered: Column, guests: Column, compute: Column
+) -> list[_Moment]:
+    """The moments of one layer: its feed-forward's gate, where the gradients of both halves and of their product meet;
+    its weights' gradients; their reduction by FSDP, experts first; the exchange of its rows."""
+    stack, layouts, shape, has_moe = stage.stack, stage.layouts, stage.shape, stage.has_moe
+    kept = kept + layouts.full * stage.layer
+    dense = shape.dense.halves * shape.dense.width if shape.dense else 0.0
+    row = shape.experts.expert.halves * shape.experts.width if shape.experts else 0.0
+    unit = np.where(
+        has_moe, stage.rows * row / layouts.etp * stack.row_number, stage.tokens * dense * stack.number
     )
-    join = held.last * shape.mtp * (2.0 * shape.hidden * shape.hidden / layouts.tp + 3.0 * shape.norm_params)
-    layers = (held.dense + held.moe) * attention + held.dense * dense + held.moe * beside
-    return _Params(layers + ends + join, held.moe * _experts(shape, layouts))
-
-
-def _experts(shape: ModelShape, layouts: LayoutColumns) -> Column:
-    """Parameters of one layer's experts on a rank, the fullest where they do not divide."""
-    count = shape.experts.count if shape.experts else 0
-    return np.ceil(count / layouts.ep) * shape.expert_params / layouts.etp
-
-
-def _state(
-    shape: ModelShape, layouts: LayoutColumns, held: _Held, plain: State, sharded: State
-) -> tuple[Column, Column, Column]:
-    """Weights, gradients, optimizer's state. FSDP's gathered layers are weights, their gradients before they are
-    reduced gradients."""
-    shared, experts = _params(shape, layouts, held)
-    ranks, twins = layouts.dp * layouts.cp, layouts.edp
-    full = layouts.fsdp > 0
-    divided = np.maximum(layouts.divided, layouts.fsdp) > 0
-    owned = shared / ranks + experts / twins
-    own, whole = np.where(full, owned, shared + experts), np.where(divided, owned, shared + experts)
-    unit = np.where(full & (ranks > 1), _unit(shape, layouts, held), 0.0)
-    weights = own * np.where(full, sharded.weight, plain.weight) + unit * GATHERED_LAYERS * sharded.compute
-    gradients = own * np.where(full, sharded.gradient, plain.gradient) + unit * sharded.compute
-    return weights, gradients, whole * np.where(full, sharded.optimizer, plain.optimizer)
-
-
-def _unit(shape: ModelShape, layouts: LayoutColumns, held: _Held) -> Column:
-    """Parameters of the largest layer of a stage, as FSDP gathers them."""
-    attention, dense, beside = _layer_params(shape, layouts)
-    gathered = beside + np.where(layouts.edp > 1, _experts(shape, layouts), 0.0)
-    return attention + np.maximum(dense * (held.dense > 0), gathered * (held.moe > 0))
-
-
-# ------------------------------------------------------------------------------------- activations
-
-
-def _tokens(layouts: LayoutColumns) -> Column:
-    """Of one micro-batch that pass through a tensor-parallel group."""
-    return layouts.micro_batch * layouts.seq_len / layouts.cp
-
-
-def _rows(shape: ModelShape, layouts: LayoutColumns, skew: Column | float) -> Column:
-    """(Token, expert) pairs that one chip computes, or a share 1 / etp of each."""
-    top_k = shape.experts.top_k if shape.experts else 0
-    return _tokens(layouts) / layouts.tp * top_k * layouts.etp * skew
-
-
-def _layer_numbers(
-    numbers: KeptNumbers, shape: ModelShape, layouts: LayoutColumns, skew: Column | float
-) -> tuple[Column, Column]:
-    """Numbers kept by a dense layer and by a layer with experts, of one micro-batch."""
-    share = _tokens(layouts) / layouts.tp  # sequence parallelism divides what tensor parallelism does not
-    attention = share * numbers.attention.total
-    rows = _rows(shape, layouts, skew) * (numbers.row.wide + numbers.row.split / layouts.etp)
-    return attention + share * numbers.dense.total, attention + share * numbers.moe.total + rows
-
-
-def _kept(
-    shape: ModelShape, layouts: LayoutColumns, held: _Held, stage: Column, skew: Column | float
-) -> Column:
-    """Numbers of all micro-batches in flight. The head's are those of the loss, apart from its logits."""
-    whole = _layer_numbers(shape.kept_numbers("none"), shape, layouts, skew)
-    inputs = _layer_numbers(shape.kept_numbers("full"), shape, layouts, skew)
-    dense, moe = (np.where(layouts.full > 0, b, a) for a, b in zip(whole, inputs, strict=True))
-    head = held.last * (1.0 + shape.mtp) * shape.kept_numbers("none").head.wide
-    join = held.last * shape.mtp * shape.kept_numbers("none").mtp.total
-    layers = (held.dense * dense + held.moe * moe) * _in_flight(layouts, stage)
-    return layers + (head + join) * _tokens(layouts) / layouts.tp
-
-
-def _inside(shape: ModelShape, layouts: LayoutColumns, held: _Held, skew: Column | float) -> Column:
-    """Numbers beside the kept ones while a layer is in backward: gradients of its widest block, and under full
-    recomputation all that the layer keeps."""
-    share = _tokens(layouts) / layouts.tp
-    dense = share * shape.dense.halves * shape.dense.width if shape.dense else np.zeros_like(share)
-    moe = np.zeros_like(share)
-    if shape.experts:
-        unit = shape.experts.expert.halves * shape.experts.width
-        moe = _rows(shape, layouts, skew) * unit / layouts.etp
-    widest = np.maximum(dense * (held.dense > 0), moe * (held.moe > 0)) + 2.0 * share * shape.hidden
-    whole = _layer_numbers(shape.kept_numbers("none"), shape, layouts, skew)
-    again = np.maximum(whole[0] * (held.dense > 0), whole[1] * (held.moe > 0))
-    return widest + np.where(layouts.full > 0, again, 0.0)
-
-
-def _logits(shape: ModelShape, layouts: LayoutColumns, number: float) -> Column:
-    """Bytes at the loss: every head's softmax is kept, of the last one its input too."""
-    each = _tokens(layouts) * shape.vocab / layouts.tp
-    return each * ((1.0 + shape.mtp) * SOFTMAX_BYTES + number)
-
-
-def _guests(
-    shape: ModelShape, layouts: LayoutColumns, held: _Held, stage: Column, slots: int, number: float
-) -> tuple[Column, Column]:
-    """Bytes of guests' weights, kept from forward to backward in every MoE layer, and what one layer's backward adds:
-    their gradients, and the weights again where layers are recomputed."""
-    one = slots * shape.expert_params / layouts.etp * (layouts.ep > 1) * number
-    layers = held.moe * _in_flight(layouts, stage)
-    return one * layers * (1.0 - layouts.full), one * (1.0 + layouts.full) * (held.moe > 0)
-
-
-def _exchanged(shape: ModelShape, layouts: LayoutColumns, skew: Column | float) -> Column:
-    """Numbers of a layer's rows on their way: a send and a receive buffer, where experts are on several ranks."""
-    return 2.0 * _rows(shape, layouts, skew) * shape.hidden * (layouts.ep * layouts.etp > 1)
+    hidden: Column = (
+        np.where(has_moe, stage.rows * stack.row_number, stage.tokens * stack.number) * shape.hidden
+    )
+    outputs = (
+        has_moe * stage.rows * (stack.row.wide - shape.hidden * stack.row_number)
+    )  # read first, then freed
+    feed_forward = np.where(has_moe, stage.experts, shape.dense_params / layouts.tp)
+    made = compute * (stage.fsdp if stack.main_gradients else 1.0)
+    layer, all_of_it = (stage.fsdp * compute * n for n in (stage.beside, stage.beside + stage.experts))
+    current = gathered + layer + all_of_it  # and the layer before, which backward comes to next
+    reduced = stage.fsdp * (FP32 + np.maximum(compute, FP32 / layouts.edp))
+    lent = guests + stage.guest * (1.0 + layouts.full) * has_moe
+    return [
+        _Moment(current, gradients + made * feed_forward / 3.0, kept + unit - outputs, guests=lent),
+        _Moment(
+            current, gradients + made * feed_forward, kept - stage.inside + unit + 2.0 * hidden, guests=lent
+        ),
+        _Moment(gathered + layer, gradients + reduced * stage.experts, kept - stage.inside, guests=guests),
+        _Moment(gathered, gradients + reduced * stage.beside, kept - stage.layer, guests=guests),
+        _Moment(current, gradients, kept, guests=lent, exchange=stack.row_buffers * has_moe * hidden),
+    ]

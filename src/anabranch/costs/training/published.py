@@ -105,6 +105,8 @@ def _published(name: str, row: dict[str, str], catalog: Catalog) -> Published:
     }[quantity]
     step_s = measured if quantity == "step_time_s" else per_step / measured
     memory = _number(row, "mem_GB") if row.get("mem_GB") else None
+    if memory and "mem in GiB" in row.get("notes", ""):
+        memory *= 1.024**3
     return Published(name, setup, measured, quantity, step_s, row["leak_group"] or name, memory, per_step)
 
 
