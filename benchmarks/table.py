@@ -66,6 +66,26 @@ def validation_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def memory_table(result: dict[str, Any]) -> str:
+    """Peaks of real trainings, and their parts, measured / predicted in MB."""
+    parts = ("peak", "state", "logits", "rest")
+    lines = [f"| run | ranks | {' | '.join(parts)} | error, % |", "|---|---|" + "---|" * 5]
+    for row in result["rows"]:
+        assert row["state_exact"]
+        shown = " | ".join(f"{measured:.1f} / {predicted:.1f}" for measured, predicted in map(row.get, parts))
+        lines.append(f"| {row['run']} | {row['ranks']} | {shown} | {row['error_pct']:+.1f} |")
+    return "\n".join(lines)
+
+
+def published_memory_table(result: dict[str, Any]) -> str:
+    """Published peaks of other frameworks, measured / predicted in GB."""
+    lines = ["| run | software | model | chips | peak | error, % |", "|---|---|---|---|---|---|"]
+    for row in result["published"]:
+        about = " | ".join(str(row[name]) for name in ("id", "software", "model", "chips"))
+        lines.append("| {} | {:.1f} / {:.1f} | {:+.0f} |".format(about, *row["peak"], row["error_pct"]))
+    return "\n".join(lines)
+
+
 def machine_line(result: dict[str, Any]) -> str:
     """Where a result was measured."""
     m = result["machine"]
@@ -76,6 +96,8 @@ TABLES = {
     "balance": lambda result: balance_table(result, 2),
     "planner": planner_table,
     "validation": validation_table,
+    "memory": memory_table,
+    "published_memory": published_memory_table,
 }
 
 

@@ -62,3 +62,9 @@ def test_example_runs(ranks2: RankPool, tmp_path: Path) -> None:
 def test_the_page_on_steps_has_the_committed_table() -> None:
     results = ROOT / "benchmarks" / "results" / "validation.json"
     assert _table_module().tables("validation", results) in (ROOT / "docs" / "steps.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["memory", "published_memory"])
+def test_the_page_on_memory_has_the_committed_tables(kind: str) -> None:
+    results = ROOT / "benchmarks" / "results" / "memory.json"
+    assert _table_module().tables(kind, results) in (ROOT / "docs" / "memory.md").read_text()

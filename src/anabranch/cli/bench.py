@@ -14,6 +14,7 @@ from anabranch.cli.bench_balance import BalanceBench
 from anabranch.cli.bench_codecs import bench_codecs, summary
 from anabranch.cli.bench_generate import Model, bench_generate, require_vllm, train_small
 from anabranch.cli.bench_kv import bench_kv, train_tiny
+from anabranch.cli.bench_memory import memory
 from anabranch.cli.bench_planner import bench_planner
 from anabranch.cli.bench_soak import bench_soak
 from anabranch.cli.bench_store import bench_store
@@ -34,10 +35,9 @@ from anabranch.transport.choose import require_transport
 from anabranch.workload.trace import load_trace
 
 bench = typer.Typer(
-    help="Measure; every figure in the documentation comes from here.",
-    no_args_is_help=True,
-    add_completion=False,
+    help="Measure; every figure in docs/ comes from here.", no_args_is_help=True, add_completion=False
 )
+bench.command()(memory)
 bench.command()(validation)
 
 GENERATE_COLUMNS = (

@@ -12,6 +12,7 @@ from anabranch.cli.bench_codecs import codec_gradients_rank
 from anabranch.cli.bench_skew import bench_skew_rank
 from anabranch.cli.device import quiet
 from anabranch.cli.generate_engines import measure_rank
+from anabranch.cli.memory_rank import memory_rank
 from anabranch.cli.train import train_rank
 from anabranch.training.agreement import leave
 
@@ -21,6 +22,7 @@ JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "bench_skew": bench_skew_rank,
     "codec_gradients": codec_gradients_rank,
     "measure_generate": measure_rank,
+    "memory": memory_rank,
     "train": train_rank,
 }
 
