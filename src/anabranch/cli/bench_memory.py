@@ -18,8 +18,9 @@ from anabranch.cli.memory_rank import Measured, MemoryRun
 from anabranch.cli.results import require_json_file, write_results
 from anabranch.costs.training.columns import layout_columns
 from anabranch.costs.training.memory import peak_memory
+from anabranch.costs.training.memory_error import published_peak
 from anabranch.costs.training.published import Published, read_published
-from anabranch.costs.training.stacks import State, megatron, torchtitan, transformers_modules
+from anabranch.costs.training.stacks import transformers_modules
 from anabranch.costs.training.state import unbuilt_state_bytes
 from anabranch.workload.hf_config import shape_from_config
 from anabranch.workload.layout import Layout
@@ -51,9 +52,6 @@ RUNS = (
 )  # fmt: skip
 
 PARTS = ("peak", "state", "logits", "rest")
-# What Megatron-Bridge's performance recipes say of a parameter: gradients in bf16, and with fp8 weights in fp8 without
-# a transposed copy (scripts/performance/configs); Moonlight's keeps both moments in bf16 too (recipes/moonlight).
-RECIPES = {"bf16": State(2, 2, 12, 2), "fp8": State(1, 2, 12, 1), "Moonlight-16B-A3B": State(2, 2, 8, 2)}
 
 
 @fails_clearly
@@ -139,11 +137,7 @@ def published_memory() -> list[dict[str, Any]]:
 
 def _published(row: Published, measured_gb: float) -> dict[str, Any]:
     shape, layout, family = row.setup.shape, row.setup.layout, row.setup.software.family
-    stack = (torchtitan if "torchtitan" in family else megatron)(shape, layout.precision)
-    if "megatron" in family:
-        stack = stack._replace(plain=RECIPES.get(shape.family, RECIPES[layout.precision]))
-    parts = peak_memory(shape, layout_columns([layout]), layout.precision, row.setup.skew, stack=stack)
-    total_gb = float(parts.total[0]) / 1e9
+    total_gb = published_peak(row) / 1e9
     return {
         "id": row.id, "software": family, "model": shape.family, "chips": layout.chips,
         "peak": (round(measured_gb, 1), round(total_gb, 1)),
