@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from anabranch.cli.bench import natural_trace
 from anabranch.cli.cluster_book import Book, code_version
 from anabranch.cli.cluster_cases import NATURAL, ClusterCases, workload_names
 from anabranch.cli.cluster_contest import Record, next_round
@@ -19,6 +18,7 @@ from anabranch.lab.kernel import available
 from anabranch.placement.choice import Exchange
 from anabranch.placement.nodes import Nodes
 from anabranch.transport.choose import candidate_exchanges
+from anabranch.workload.trace import natural_trace
 
 CASES = ClusterCases(4, 32, 8, 64, 2, 2.0, str(natural_trace("tiny8")))
 

@@ -32,7 +32,7 @@ from anabranch.cli.skew_grid import skew
 from anabranch.errors import ConfigError, TraceError
 from anabranch.training.config import DTYPES
 from anabranch.transport.choose import require_transport
-from anabranch.workload.trace import load_trace
+from anabranch.workload.trace import load_trace, natural_trace
 
 bench = typer.Typer(
     help="Measure; every figure in docs/ comes from here.", no_args_is_help=True, add_completion=False
@@ -259,11 +259,6 @@ def kv(
     columns = ("policy", "kl", "kl_late", "same_best_token", "nll", "needles", "needles_found", "needle_nll",
                "kv_bytes_per_token", "chains_4k_in_2_gib", "tokens_per_s")  # fmt: skip
     _report(rows, columns, json_file)
-
-
-def natural_trace(preset: str = "tiny") -> Path:
-    """The recorded routing of a preset that ships with the package (docs/trace.md: the command that made it)."""
-    return Path(__file__).parent.parent / "workload" / f"natural_{preset}.npz"
 
 
 def _check(size: BalanceBench, ranks: int) -> None:

@@ -11,7 +11,7 @@ import json
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -66,14 +66,23 @@ class ClusterBench:
 def bench_cluster_rank(settings: dict[str, Any]) -> dict[str, Any]:
     """The job of one rank. Returns {"explained": [...]}; rows are put down by rank 0, cell by cell."""
     bench = ClusterBench.from_dict(settings)
+    measured = measure_cells(bench, ClusterRank)
+    return {"explained": measured.explained() if bench.explain else []}
+
+
+Rank = TypeVar("Rank", bound="ClusterRank")
+
+
+def measure_cells(bench: ClusterBench, rank: type[Rank]) -> Rank:
+    """Join the ranks and measure every workload, by `rank.rows`; rank 0 puts the rows of each down."""
     dist.init_process_group("gloo")
     anabranch.enable(planner=AUTO, epsilon=bench.epsilon, slots=bench.slots, cache=bench.folder)
-    measured = ClusterRank(bench)
+    measured = rank(bench)
     for number, workload in enumerate(bench.workloads):
         rows = measured.rows(workload)
         if dist.get_rank() == 0:
             _put_down(rows, Path(bench.folder) / f"cell-{number:03}.json")
-    return {"explained": measured.explained() if bench.explain else []}
+    return measured
 
 
 def _records(runs: dict[Policy, Run]) -> dict[Policy, Record]:

@@ -5,18 +5,13 @@ round one after the other. Predicted: by the simulator, from the histogram of ot
 the prices that the ranks calibrated. Shape suffixes: L layers, R ranks, E experts.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from torch import Tensor
 
-import anabranch
-from anabranch.cli.bench_cluster import ClusterBench, ClusterRank
+from anabranch.cli.bench_cluster import ClusterBench, ClusterRank, measure_cells
 from anabranch.cli.cluster_cases import PAST
-from anabranch.cli.cluster_rows import AUTO
 from anabranch.cli.cluster_rows import Policy as Choice
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.placement.base import max_over_mean
@@ -30,16 +25,7 @@ POLICIES = ("static", "least_loaded", "exact", "bounded")
 
 def bench_skew_rank(settings: dict[str, Any]) -> dict[str, Any]:
     """The job of one rank. Rank 0 puts down the rows of each workload as they are measured."""
-    bench = ClusterBench.from_dict(settings)
-    dist.init_process_group("gloo")
-    anabranch.enable(planner=AUTO, epsilon=bench.epsilon, slots=bench.slots, cache=bench.folder)
-    measured = SkewRank(bench)
-    for number, workload in enumerate(bench.workloads):
-        rows = measured.rows(workload)
-        if dist.get_rank() == 0:
-            file = Path(bench.folder) / f"cell-{number:03}.json"
-            file.with_suffix(".tmp").write_text(json.dumps(rows))
-            file.with_suffix(".tmp").replace(file)  # whole or not at all: the launcher takes what it sees
+    measure_cells(ClusterBench.from_dict(settings), SkewRank)
     return {}
 
 

@@ -100,7 +100,9 @@ def measure(grid: Grid, cases: ClusterCases, how: Measuring, book: Book) -> None
             if workloads := grid.missing(spec, book):
                 own = folder / str(number)
                 bench = ClusterBench(str(folder / "model"), here, workloads, *how, str(own), spec.cpu)
-                result = _in_lab(spec, own, bench, lambda rows, about=about: _keep(rows, about, book))
+                result = in_lab(
+                    "bench_cluster", spec, own, bench, lambda rows, about=about: _keep(rows, about, book)
+                )
                 if how.explain:
                     print_explained([about | row for row in result["explained"]])
 
@@ -123,12 +125,16 @@ def write_model(folder: Path) -> None:
     AutoModelForCausalLM.from_config(presets()[MODEL].config).save_pretrained(folder)
 
 
-def _in_lab(
-    spec: LabSpec, folder: Path, bench: ClusterBench, keep: Callable[[list[Row]], None]
+def in_lab(
+    name: str, spec: LabSpec, folder: Path, bench: ClusterBench, keep: Callable[[list[Row]], None]
 ) -> dict[str, list[Row]]:
+    """The result of the job `name` of one lab's ranks; `keep` gets each cell's rows as they are put down.
+
+    Raises AnabranchError where the lab cannot be set up or a rank fails.
+    """
     folder.mkdir()
     job = folder / "job.json"
-    job.write_text(json.dumps({"job": "bench_cluster", "settings": asdict(bench), "launcher": None}))
+    job.write_text(json.dumps({"job": name, "settings": asdict(bench), "launcher": None}))
 
     def collect() -> None:
         for cell in sorted(folder.glob("cell-*.json")):

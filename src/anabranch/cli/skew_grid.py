@@ -1,11 +1,9 @@
 """`anabranch bench skew`, the launching side: labs one after the other, and what their rows say of the simulator."""
 
-import json
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -17,14 +15,19 @@ from rich.table import Table
 
 from anabranch.cli.bench_cluster import ClusterBench
 from anabranch.cli.cluster_cases import NATURAL
-from anabranch.cli.cluster_grid import MODEL, USUAL_RANKS, cases_of_model, full_grid, topology, write_model
+from anabranch.cli.cluster_grid import (
+    MODEL,
+    USUAL_RANKS,
+    cases_of_model,
+    full_grid,
+    in_lab,
+    topology,
+    write_model,
+)
 from anabranch.cli.device import quiet
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.results import require_json_file, write_results
-from anabranch.errors import AnabranchError
-from anabranch.lab.cluster import Lab
-from anabranch.lab.spec import LabSpec
-from anabranch.workload import trace
+from anabranch.workload.trace import natural_trace
 
 # Rotating and bursting loads (W6, W7) have no histogram that holds; W0 is the balanced step itself.
 WORKLOADS = [NATURAL, "W1", "W2", "W3", "W5"]
@@ -51,8 +54,7 @@ def skew(
     quiet()
     grid = full_grid(os.cpu_count() or 1).only(only or ["2x2", "4x1"])
     labs, workloads = (grid.labs[1:2], QUICK) if quick else (grid.labs, WORKLOADS)
-    natural = Path(trace.__file__).parent / f"natural_{MODEL}.npz"
-    cases, rows = cases_of_model(tokens, MAX_MEAN, natural), list[Row]()
+    cases, rows = cases_of_model(tokens, MAX_MEAN, natural_trace(MODEL)), list[Row]()
     with tempfile.TemporaryDirectory(prefix="anabranch-skew-") as name:
         model = Path(name) / "model"
         write_model(model)
@@ -61,28 +63,15 @@ def skew(
             here = replace(cases, ranks=spec.ranks, tokens=own)
             bench = ClusterBench(str(model), here, workloads, rounds, 4, 0.05, False, str(folder), spec.cpu)
             about = {"topology": topology(spec), "inter_mbit": spec.inter_mbit, "tokens": own}
-            more = [about | row for row in measure(spec, folder, bench)]
+            cells = list[Row]()
+            in_lab("bench_skew", spec, folder, bench, cells.extend)
+            more = [about | row for row in cells]
             rows += more
             _show(more)
             # After each lab: an interruption keeps what was measured.
             found = verdict(rows)._asdict()
             write_results(json_file, rows, {"model": MODEL, "rounds": rounds}, verdict=found)
     typer.echo(verdict(rows).text())
-
-
-def measure(spec: LabSpec, folder: Path, bench: ClusterBench) -> list[Row]:
-    """One lab. Raises AnabranchError where it cannot be set up or a rank fails."""
-    folder.mkdir()
-    job = folder / "job.json"
-    job.write_text(json.dumps({"job": "bench_skew", "settings": asdict(bench), "launcher": None}))
-    with Lab(spec) as lab:
-        status = lab.run([sys.executable, "-m", "anabranch.cli.rank", str(job)])
-    if failed := [*sorted(folder.glob("error-*.json")), *sorted(folder.glob("crash-*.json"))]:
-        told = json.loads(failed[0].read_text())
-        raise AnabranchError(told.get("message") or told["traceback"])
-    if status:
-        raise AnabranchError(f"the ranks of the lab {spec} ended with {status}")
-    return [row for cell in sorted(folder.glob("cell-*.json")) for row in json.loads(cell.read_text())]
 
 
 class Verdict(NamedTuple):

@@ -19,7 +19,7 @@ from anabranch.workload.skew import capped_share
 
 FloatArray = NDArray[np.float64]
 # Natural routing of two small models trained on real text, steps 20 to 60 (docs/trace.md).
-SHIPPED = ("natural_tiny.npz", "natural_tiny8.npz")
+SHIPPED = ("tiny", "tiny8")
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ def _counts(layer: object, place: str, path: Path) -> list[float]:
 @lru_cache(maxsize=8)
 def natural_histogram(experts: int) -> Histogram:
     """What is assumed where nothing is known: the shipped traces, resampled. Each of their layers is one layer."""
-    parts = [trace_histogram(Path(trace.__file__).parent / name).resampled(experts) for name in SHIPPED]
+    parts = [trace_histogram(trace.natural_trace(name)).resampled(experts) for name in SHIPPED]
     first = np.cumsum([0, *(len(part.layers) for part in parts)])
     layer_N = np.concatenate([part.layer_N + start for part, start in zip(parts, first, strict=False)])
     source = " and ".join(part.source for part in parts)

@@ -267,3 +267,8 @@ def _ids(
         raise _malformed(path, "ids", "does not add up to counts")
     end_N = np.cumsum(tokens_NR.sum(axis=1), dtype=np.int64)
     return tuple(ids_IK[start:end] for start, end in pairwise([0, *end_N.tolist()]))
+
+
+def natural_trace(preset: str = "tiny") -> Path:
+    """The recorded routing of a preset that ships with the package (docs/trace.md: the command that made it)."""
+    return Path(__file__).parent / f"natural_{preset}.npz"

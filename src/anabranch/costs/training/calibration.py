@@ -66,10 +66,9 @@ class Calibration:
         """One prediction a setup."""
         if not setups:
             return []
-        base = np.log(self.efficiency.step_s(columns_of(setups), families_of(setups)))
-        spread = self.residual.at(traits_of(setups))
+        spread = Model(self.efficiency, self.residual).spread(setups)
         known = np.array([self.has_run(setup.cluster.chip.kind) for setup in setups])
-        return predictions(base + spread.mean, spread.deviation, self.scores, self.chip_scores, known)
+        return predictions(*spread, self.scores, self.chip_scores, known)
 
     def save(self, file: Path, tables: Sequence[Path] = (TABLE,)) -> None:
         """All but the measured runs: `load_calibration` reads those again from `tables`, which must stay."""
@@ -135,7 +134,8 @@ def fit(rows: Sequence[Published]) -> Model:
     weights = np.array([1.0 / (groups == group).sum() for group in groups])
     columns, families = columns_of(setups), families_of(setups)
     efficiency = fit_efficiency(columns, families, measured_s, weights)
-    return Model(efficiency, fit_residual(traits_of(setups), _left_over(efficiency, rows), groups))
+    left = np.log(measured_s / efficiency.step_s(columns, families))
+    return Model(efficiency, fit_residual(traits_of(setups), left, groups))
 
 
 class Fold(NamedTuple):
@@ -205,11 +205,11 @@ def load_calibration(file: Path = SHIPPED) -> Calibration:
         kept = json.loads(file.read_text(encoding="utf-8"))
         tables = [TABLE if name == _SHIPPED_TABLE else Path(name) for name in kept["tables"]]
         rows = [row for table in tables for row in read_published(table)[0]]
-        efficiency = Efficiency(**kept["efficiency"])
-        left = _left_over(efficiency, rows)
+        efficiency, setups = Efficiency(**kept["efficiency"]), [row.setup for row in rows]
+        formula_s = efficiency.step_s(columns_of(setups), families_of(setups))
         residual = residual_of(
-            traits_of([row.setup for row in rows]),
-            left,
+            traits_of(setups),
+            np.log(np.array([row.step_s for row in rows]) / formula_s),
             np.array([row.leak_group for row in rows]),
             np.array(kept["amplitudes"]),
             kept["group"],
@@ -221,11 +221,3 @@ def load_calibration(file: Path = SHIPPED) -> Calibration:
         raise DataError(
             f"{file}: {error}; make it with `anabranch calibrate`", setting="calibration"
         ) from error
-
-
-def _left_over(efficiency: Efficiency, rows: Sequence[Published]) -> Column:
-    """Logarithm of measured seconds over the formula's."""
-    setups = [row.setup for row in rows]
-    return np.log(
-        np.array([row.step_s for row in rows]) / efficiency.step_s(columns_of(setups), families_of(setups))
-    )

@@ -108,10 +108,6 @@ class Columns:
     software: SoftwareColumns
     skew: Column
 
-    @property
-    def count(self) -> int:
-        return int(max(column.shape[0] for column in (*self.layout, self.skew)))
-
 
 def model_values(shape: ModelShape, seq_len: int) -> ModelColumns:
     """One row of `ModelColumns`; multi-token-prediction modules are spread over the parts they consist of."""

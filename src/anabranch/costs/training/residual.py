@@ -40,7 +40,8 @@ class Residual(NamedTuple):
     def at(self, traits: Traits) -> Spread:
         """The residual expected at other setups, and how uncertain a new measurement there is."""
         cross = np.tensordot(self.amplitudes, terms(traits, self.traits), 1)
-        own = np.array([self.amplitudes @ _self_terms(traits, i) for i in range(len(traits.source))])
+        # With itself a setup has 1 in every term but the last, which grows with its switches.
+        own = self.amplitudes[:-1].sum() + self.amplitudes[-1] * (traits.switches_NC**2).sum(axis=1)
         # A new setup is of no known configuration: the variance of one is noise to it.
         noise = self.noise + self.group
         variance = own + noise - np.einsum("ij,jk,ik->i", cross, self.inverse, cross)
@@ -67,11 +68,6 @@ def terms(left: Traits, right: Traits) -> Matrix:
 
 def _near(left_ND: Matrix, right_ND: Matrix) -> Matrix:
     return np.exp(-0.5 * ((left_ND[:, None] - right_ND[None]) ** 2).sum(-1))
-
-
-def _self_terms(traits: Traits, row: int) -> Matrix:
-    one = traits.of(np.array([row]))
-    return terms(one, one)[:, 0, 0]
 
 
 def fit_residual(traits: Traits, residuals: Matrix, groups: NDArray[np.str_]) -> Residual:

@@ -27,12 +27,6 @@ class Traits(NamedTuple):
     shape_NB: NDArray[np.float64]
     switches_NC: NDArray[np.float64]
 
-    def of(self, rows: NDArray[np.intp]) -> "Traits":
-        return Traits(
-            self.source[rows], self.software[rows], self.chip[rows], self.precision[rows],
-            self.layout_NA[rows], self.shape_NB[rows], self.switches_NC[rows],
-        )  # fmt: skip
-
 
 def traits_of(setups: Sequence[Setup]) -> Traits:
     """One row a setup."""
