@@ -70,7 +70,7 @@ def test_exact_is_even_and_bounded_within_its_cap() -> None:
 
 
 def test_even_popularity_leaves_the_noise_of_sampling() -> None:
-    skew = rank_skew([8], experts=64, top_k=8, tokens=2048, histogram=one_layer([1] * 64))[8]
+    skew = rank_skew([8], experts=64, top_k=8, tokens=2048, histogram=one_layer([0.5] * 64))[8]
     assert 1.0 < skew < 1.02
 
 

@@ -23,7 +23,7 @@ PUBLISHED = PublishedPrices(
     Setup(QWEN, load_catalog().cluster("trn2.48xlarge:4"), LAYOUT), load_calibration()
 )
 GROUP = Group.of(QWEN, LAYOUT)
-EVEN = histogram_of(np.ones((1, 128)), np.zeros(1, dtype=np.int64), "even")
+EVEN = histogram_of(np.full((1, 128), 0.5), np.zeros(1, dtype=np.int64), "even")
 # A layer whose guests, exchange and planning cost round numbers: 1 ms for 1000 rows, 1 ms for a megabyte.
 SAMPLES = Samples(
     hidden=250, experts=32, top_k=8, node_R=(0, 0, 1, 1), row_bytes=1000, dispatch_row_bytes=1000,

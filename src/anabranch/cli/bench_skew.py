@@ -55,7 +55,10 @@ class SkewRank(ClusterRank):
                     seen[name] += observed
         predicted = self._predicted(workload, exchange)
         about = {"workload": workload, "transport": exchange.transport}
-        rows = [about | self._row(name, times_ms, seen[name]) | predicted[name] for name in POLICIES]
+        rows = [
+            about | self._row(name, times_ms, seen[name]) | predicted[name] | self._priced(seen[name])
+            for name in POLICIES
+        ]
         return [row | {"error_points": _points(row)} for row in rows]
 
     def _timed(self, layers: list[AdaptiveExperts], ids: list[Tensor]) -> tuple[float, list[Observation]]:
@@ -72,21 +75,33 @@ class SkewRank(ClusterRank):
         prices = LivePrices(self.model, self.rest_ms[self.cases.tokens], self.ours.layers, exchange)
         balanced_s, found = prices.balanced_s(group), dict[str, dict[str, float]]()
         for name in POLICIES:
-            placed = place(histogram, group, Policy(name, self.bench.epsilon, self.bench.slots))
+            placed = place(
+                histogram, group, Policy(name, self.bench.epsilon, self.bench.slots), draws=PAST - 1
+            )
             step_s = prices.step_s(placed, name)
             found[name] = {
                 "predicted_max_mean": round(mean_skew(placed), 3),
+                "predicted_guests": round(float(np.mean([layer.guests for layer in placed])), 2),
                 "predicted_ms": round(1e3 * step_s, 1),
                 "predicted_balanced_ms": round(1e3 * balanced_s, 1),
                 "predicted_throughput": round(balanced_s / step_s, 4),
             }
         return found
 
+    def _priced(self, seen: list[Observation]) -> dict[str, float]:
+        """A step at the plans that were made: what of an error is the prices', not the histogram's."""
+        calls_ms = [self.model.cost(o.plan, o.choice.exchange, o.choice.planner).total_ms for o in seen]
+        return {
+            "priced_ms": round(
+                self.rest_ms[self.cases.tokens] + self.ours.layers * float(np.mean(calls_ms)), 1
+            )
+        }
+
     def _histogram(self, workload: str) -> Histogram:
-        """Rows of each expert in each layer, summed over micro-batches before those that are measured."""
+        """Rows of each expert in each layer of micro-batches before those that are measured."""
         past = [self.cases.counts(self.cases.ids(workload, step)) for step in range(PAST - 1)]
-        counts_LE = np.sum([[counts_RE.sum(axis=0) for counts_RE in layers] for layers in past], axis=0)
-        return histogram_of(counts_LE, np.arange(len(counts_LE)), workload)
+        counts_NE = np.array([counts_RE.sum(axis=0) for layers in past for counts_RE in layers])
+        return histogram_of(counts_NE, np.tile(np.arange(self.cases.layers), len(past)), workload)
 
     def _row(self, name: str, times_ms: dict[str, list[float]], seen: list[Observation]) -> dict[str, Any]:
         mine, balanced = np.array(times_ms[name]), np.array(times_ms["balanced"])

@@ -27,11 +27,13 @@ class Histogram:
     """share_NE: of a micro-batch's rows that each expert gets; every row sums to 1. layer_N: the layer, 0 first.
 
     source: where it is from. A histogram of one model has one micro-batch a layer, a trace as many as it recorded.
+    rows_N: so many were counted, and their chance is in the shares already; inf where shares are long-term popularity.
     """
 
     share_NE: FloatArray
     layer_N: IntArray
     source: str
+    rows_N: FloatArray
 
     @property
     def experts(self) -> int:
@@ -65,6 +67,7 @@ class Histogram:
             share_NF / share_NF.sum(axis=1, keepdims=True),
             self.layer_N,
             f"{self.source}, resampled from {self.experts} to {experts} experts",
+            self.rows_N,
         )
 
     def drawn_from(self, top_k: int) -> FloatArray:
@@ -74,13 +77,15 @@ class Histogram:
 
 
 def histogram_of(counts_NE: IntArray | FloatArray, layer_N: IntArray, source: str) -> Histogram:
-    """Of rows counted. Raises ConfigError naming `histogram` where a micro-batch has none."""
+    """Of rows counted; parts of rows are popularity. Raises ConfigError naming `histogram` where a micro-batch has
+    none."""
     rows_N = counts_NE.sum(axis=1, dtype=np.float64)
     if not np.isfinite(rows_N).all():
         raise ConfigError(f"{source}: rows must be finite numbers, and their sum too", setting="histogram")
     if not counts_NE.size or not (rows_N > 0).all():
         raise ConfigError(f"{source}: a layer without rows tells no popularity", setting="histogram")
-    return Histogram(counts_NE / rows_N[:, None], layer_N, source)
+    counted_N = (counts_NE == np.floor(counts_NE)).all(axis=1)
+    return Histogram(counts_NE / rows_N[:, None], layer_N, source, np.where(counted_N, rows_N, np.inf))
 
 
 def trace_histogram(path: Path) -> Histogram:
@@ -136,4 +141,7 @@ def natural_histogram(experts: int) -> Histogram:
     first = np.cumsum([0, *(len(part.layers) for part in parts)])
     layer_N = np.concatenate([part.layer_N + start for part, start in zip(parts, first, strict=False)])
     source = " and ".join(part.source for part in parts)
-    return Histogram(np.concatenate([part.share_NE for part in parts]), layer_N, source)
+    share_NE, rows_N = (
+        np.concatenate(column) for column in zip(*((p.share_NE, p.rows_N) for p in parts), strict=True)
+    )
+    return Histogram(share_NE, layer_N, source, rows_N)

@@ -1,12 +1,13 @@
 """Natural skew through the live planners: from popularity to rows, guests and their bytes on every rank.
 
-A micro-batch is drawn from the popularity of experts, each source rank's rows multinomially, and planned by the code
-that a run plans with. Shape suffixes: D draws of one layer, R ranks of one expert-parallel group, E experts.
+A micro-batch is drawn from the rows that were counted, and planned by the code that a run plans with. Shape suffixes:
+N recorded micro-batches, D draws of one layer, R ranks of one expert-parallel group, E experts.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ from anabranch.workload.shape import ModelShape
 DRAWS = 4
 # Micro-batches that a planner has seen before the first that counts: `periodic_replication` looks back on 32.
 PAST = 32
+# Of so many times the rows that are drawn, putting back or not makes no difference: 1 % of their variance.
+MANY = 100
 
 
 class Group(NamedTuple):
@@ -104,20 +107,34 @@ def place(
     chances_NE = histogram.drawn_from(group.top_k)
     placed: list[Placed] = []
     for layer in histogram.layers:
-        here_NE, planner = chances_NE[histogram.layer_N == layer], policy.build()
+        (here,), planner = np.nonzero(histogram.layer_N == layer), policy.build()
         past = PAST if policy.planner == "periodic_replication" else 0
-        plans = [
-            planner.plan(_drawn(here_NE, group, (seed, layer, draw % (1 << 32))), homes)
-            for draw in range(-past, draws)
-        ]
+        plans: list[Plan] = []
+        for draw in range(-past, draws):
+            number, rng = here[draw % here.size], np.random.default_rng((seed, layer, draw % (1 << 32)))
+            counts_RE = _drawn(chances_NE[number], float(histogram.rows_N[number]), group, rng)
+            plans.append(planner.plan(counts_RE, homes))
         placed.append(Placed(layer, tuple(plans[past:])))
     return placed
 
 
-def _drawn(chances_NE: FloatArray, group: Group, seed: tuple[int, int, int]) -> IntArray:
-    """Rows (R, E) of one micro-batch."""
-    rng, chances_E = np.random.default_rng(seed), chances_NE[seed[2] % len(chances_NE)]
-    return rng.multinomial(group.tokens * group.top_k, chances_E, size=group.ranks)
+def _drawn(chances_E: FloatArray, counted: float, group: Group, rng: np.random.Generator) -> IntArray:
+    """Rows (R, E) of one micro-batch, dealt from those that were counted.
+
+    Without putting back, so that as many rows as were counted have the loads that were counted: their chance is that
+    of one micro-batch already. Where more are needed than were counted, all are dealt as often as it takes.
+    """
+    rows = group.tokens * group.top_k
+    wanted = group.ranks * rows
+    if counted > MANY * wanted:
+        return rng.multinomial(rows, chances_E, size=group.ranks)
+    dealt = int(counted) * ceil(wanted / counted)
+    left_E = np.diff(np.rint(dealt * np.cumsum(chances_E)), prepend=0).astype(np.int64)
+    counts_RE = np.empty((group.ranks, chances_E.size), dtype=np.int64)
+    for counts_E in counts_RE:
+        counts_E[:] = rng.multivariate_hypergeometric(left_E, rows, method="marginals")
+        left_E -= counts_E
+    return counts_RE
 
 
 def rank_skew(
