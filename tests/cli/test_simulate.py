@@ -25,9 +25,14 @@ def test_every_policy_is_simulated_and_written_down(tmp_path):
     assert ran.exit_code == 0, ran.output
     found = json.loads(out.read_text())
     of = {one["policy"]: one for one in found["policies"]}
-    assert list(of) == ["static", "exact", "bounded", "least_loaded", "periodic_replication"]
+    assert list(of) == ["static", "exact", "bounded", "least_loaded", "periodic_replication", "rehome"]
     assert all(name in ran.output for name in of)
     assert of["exact"]["throughput"] > of["static"]["throughput"]
+    # New homes balance without a guest, but no micro-batch exactly.
+    assert 1.0 < of["rehome"]["max_mean"] < of["static"]["max_mean"]
+    assert all(
+        (layer["moved"] > 0) == (name == "rehome") for name, one in of.items() for layer in one["layers"]
+    )
     assert of["static"]["step_s"] * of["static"]["throughput"] == pytest.approx(found["balanced_step_s"])
     for one in of.values():
         for layer in one["layers"]:

@@ -8,9 +8,10 @@ import pytest
 from anabranch.costs.training.calibration import families_of, load_calibration
 from anabranch.costs.training.columns import columns_of
 from anabranch.costs.training.memory import peak_memory
+from anabranch.costs.training.stacks import megatron
 from anabranch.errors import ConfigError, PlanError
 from anabranch.hardware.catalog import load_catalog
-from anabranch.planner.search import GIB, Request, brief, price, search, setup_of
+from anabranch.planner.search import GIB, Request, brief, memory_of, price, search, setup_of
 from anabranch.workload.hf_config import read_shape
 from anabranch.workload.layout import Layout
 
@@ -120,3 +121,14 @@ def test_a_layout_in_words():
         brief(Layout(4096, 64, 2, tp=2, dp=4, recompute="full"))
         == "tp 2, dp 4, micro-batch 2, recompute full, shard optimizer"
     )
+
+
+def test_what_train_runs_keeps_what_transformers_modules_keep(request_of):
+    """Unfused modules keep more for backward than fused kernels; of latent attention it is not known how much."""
+    usual = {"cluster": "p5.48xlarge", "precision": "fp32", "global_batch": 8}
+    fused, own = (request_of(**usual, by_train=by) for by in (False, True))
+    space = own.space()
+    assert (memory_of(own, space).activations > memory_of(fused, space).activations).all()
+    latent = request_of("DeepSeek-V3", by_train=True)
+    assert own.own_modules and not latent.own_modules
+    assert latent.stack() == megatron(latent.shape, "bf16")

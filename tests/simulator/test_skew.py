@@ -20,7 +20,7 @@ from anabranch.workload import trace
 NATURAL = Path(trace.__file__).parent / "natural_tiny.npz"
 
 
-def one_layer(counts: list[int]) -> Histogram:
+def one_layer(counts: list[int] | list[float]) -> Histogram:
     return histogram_of(np.array([counts]), np.zeros(1, dtype=np.int64), "test")
 
 
@@ -72,6 +72,39 @@ def test_exact_is_even_and_bounded_within_its_cap() -> None:
 def test_even_popularity_leaves_the_noise_of_sampling() -> None:
     skew = rank_skew([8], experts=64, top_k=8, tokens=2048, histogram=one_layer([0.5] * 64))[8]
     assert 1.0 < skew < 1.02
+
+
+def test_as_many_rows_as_were_counted_have_the_loads_that_were_counted() -> None:
+    counts = [700, 100, 50, 0, 150, 24, 0, 0]
+    twice = [rows * 2 for rows in counts]
+    for ranks, wanted in ((4, counts), (8, twice)):
+        (layer,) = place(one_layer(counts), Group(ranks, 256, 1), Policy(), draws=2)
+        for plan in layer.plans:
+            assert plan.counts_RE.sum(axis=0).tolist() == wanted
+            assert (plan.counts_RE.sum(axis=1) == 256).all()
+        assert not np.array_equal(*(plan.counts_RE for plan in layer.plans))
+
+
+def test_fewer_rows_than_were_counted_vary_less_than_if_they_were_put_back() -> None:
+    half, popular = [512] * 8, [0.125] * 8
+    spread = [
+        np.std(
+            [plan.rows_R for plan in place(one_layer(rows), Group(4, 512, 1), Policy(), draws=64)[0].plans]
+        )
+        for rows in (half, popular)
+    ]
+    assert 0.5 < spread[0] / spread[1] < 0.9  # the square root of 1 - 2048 / 4096
+
+
+def test_homes_that_follow_the_load_need_no_guests() -> None:
+    popularity, group = natural_histogram(32), Group(8, 512, 8)
+    layers = zip(*(place(popularity, group, Policy(name)) for name in ("rehome", "static")), strict=True)
+    for moved, stayed in layers:
+        assert moved.guests == stayed.moved == 0 < moved.moved
+        assert moved.max_mean < stayed.max_mean
+        assert all(
+            np.array_equal(a.counts_RE, b.counts_RE) for a, b in zip(moved.plans, stayed.plans, strict=True)
+        )
 
 
 def test_resampling_keeps_unevenness() -> None:

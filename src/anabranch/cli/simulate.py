@@ -21,10 +21,9 @@ from anabranch.costs.training.setup import Setup, Software
 from anabranch.errors import ConfigError
 from anabranch.hardware.catalog import load_catalog
 from anabranch.hardware.instance import Cluster
-from anabranch.placement.policy import PLANNERS
 from anabranch.planner.space import divisors
 from anabranch.simulator.histogram import natural_histogram, read_histogram
-from anabranch.simulator.skew import Group, Placed, Policy, mean_skew, place
+from anabranch.simulator.skew import POLICIES, Group, Placed, Policy, mean_skew, place
 from anabranch.simulator.slowdown import PublishedPrices
 from anabranch.simulator.timeline import Timeline
 from anabranch.workload.hf_config import read_shape
@@ -40,7 +39,7 @@ LayoutText = Annotated[
     str, typer.Option(help=f"such as ep=16,pp=2; of {', '.join(FIELDS)}; dp is what is left of the chips")
 ]
 Policies = Annotated[
-    list[str] | None, typer.Option(help=f"of {', '.join(PLANNERS)}; repeatable [default: all]")
+    list[str] | None, typer.Option(help=f"of {', '.join(POLICIES)}; repeatable [default: all]")
 ]
 Trace = Annotated[Path | None, typer.Option(help="write the first policy's step for chrome://tracing")]
 Micro = Annotated[int | None, typer.Option(min=1, help="to replay in --trace [default: the step's]")]
@@ -62,7 +61,7 @@ def simulate(
     prices = PublishedPrices(Setup(shape, hardware, chosen, software), load_calibration())
     group, experts = Group.of(shape, chosen), shape.experts.count if shape.experts else 0
     popularity = (read_histogram(histogram) if histogram else natural_histogram(experts)).resampled(experts)
-    policies = [Policy(name, slots=SLOTS, min_rows=prices.guest_rows) for name in policy or PLANNERS]
+    policies = [Policy(name, slots=SLOTS, min_rows=prices.guest_rows) for name in policy or POLICIES]
     placed = {one.planner: place(popularity, group, one) for one in policies}
     found: dict[str, Any] = {
         "model": model, "cluster": str(cluster), "layout": dataclasses.asdict(chosen), "popularity": popularity.source,
@@ -98,6 +97,7 @@ def _result(name: str, placed: list[Placed], prices: PublishedPrices, group: Gro
                 "guests": layer.guests,
                 "guest_bytes": layer.guests * prices.expert_bytes,
                 "busiest_rank_guest_bytes": layer.lent * prices.expert_bytes,
+                "moved": layer.moved,
             }
             for layer in placed
         ],
@@ -136,7 +136,7 @@ def _layout(text: str, shape: ModelShape, cluster: Cluster) -> Layout:
 def _show(found: dict[str, Any]) -> None:
     balanced_s = found["balanced_step_s"]
     table = Table(title=f"{found['model']} on {found['cluster']}: balanced step {balanced_s:.3f} s")
-    for column in ("policy", "max/mean", "worst layer", "guests", "MB a rank", "step s", "of balanced",
+    for column in ("policy", "max/mean", "worst layer", "guests", "moved", "MB a rank", "step s", "of balanced",
                    "waiting s"):  # fmt: skip
         table.add_column(column, justify="left" if column == "policy" else "right")
     for one in found["policies"]:
@@ -144,6 +144,7 @@ def _show(found: dict[str, Any]) -> None:
         layers = len(of["layer"])
         table.add_row(
             one["policy"], f"{one['max_mean']:.3f}", f"{max(of['max_mean']):.3f}", f"{sum(of['guests']) / layers:.1f}",
+            f"{sum(of['moved']) / layers:.1f}",
             f"{sum(of['busiest_rank_guest_bytes']) / layers / 1e6:.1f}", f"{one['step_s']:.3f}",
             f"{one['throughput']:.1%}", f"{one['waiting_s']:.3f}",
         )  # fmt: skip

@@ -27,6 +27,7 @@ from anabranch.cli.cluster_grid import (
 from anabranch.cli.device import quiet
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.results import require_json_file, write_results
+from anabranch.errors import ConfigError
 from anabranch.workload.trace import natural_trace
 
 # Rotating and bursting loads (W6, W7) have no histogram that holds; W0 is the balanced step itself.
@@ -42,18 +43,23 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="write {machine, r
 Quick = Annotated[bool, typer.Option("--quick", help="one lab, two workloads: under 5 minutes")]
 Rounds = Annotated[int, typer.Option(min=3, help="measured rounds of every policy")]
 Tokens = Annotated[int, typer.Option(min=64, help="tokens a rank")]
+Workloads = Annotated[
+    list[str] | None, typer.Option("--workload", help=f"only this one of {', '.join(WORKLOADS)}; repeatable")
+]
 Only = Annotated[list[str] | None, typer.Option("--topology", help="only this one, such as 2x2; repeatable")]
 
 
 @fails_clearly
 def skew(
     json_file: JsonFile = None, quick: Quick = False, rounds: Rounds = 15, tokens: Tokens = 256, only: Only = None,
+    workload: Workloads = None,
 ) -> None:  # fmt: skip
     """What natural skew costs a step: measured on emulated nodes, and predicted from a histogram; as root."""
     require_json_file(json_file)
     quiet()
     grid = full_grid(os.cpu_count() or 1).only(only or ["2x2", "4x1"])
     labs, workloads = (grid.labs[1:2], QUICK) if quick else (grid.labs, WORKLOADS)
+    workloads = _chosen(workload) if workload else workloads
     cases, rows = cases_of_model(tokens, MAX_MEAN, natural_trace(MODEL)), list[Row]()
     with tempfile.TemporaryDirectory(prefix="anabranch-skew-") as name:
         model = Path(name) / "model"
@@ -72,6 +78,15 @@ def skew(
             found = verdict(rows)._asdict()
             write_results(json_file, rows, {"model": MODEL, "rounds": rounds}, verdict=found)
     typer.echo(verdict(rows).text())
+
+
+def _chosen(names: Sequence[str]) -> list[str]:
+    """Raises ConfigError for a workload that is not measured here."""
+    if unknown := [name for name in names if name not in WORKLOADS]:
+        raise ConfigError(
+            f"{unknown[0]!r} is not measured; choose of {', '.join(WORKLOADS)}", setting="workload"
+        )
+    return list(dict.fromkeys(names))
 
 
 class Verdict(NamedTuple):

@@ -57,6 +57,11 @@ def unmeasured(found: Outcome, calibration: Calibration) -> list[str]:
         told.append(
             f"no published run of this software ({software}): taken as the mean of those that have one"
         )
+    if found.request.by_train and not found.request.own_modules:
+        told.append(
+            f"what {found.request.shape.family}'s modules in transformers keep for backward is not known: memory is of "
+            "fused kernels, which keep less"
+        )
     if cluster.chip.kind != "cpu" and found.candidate.layout.etp > 1:
         told.append(
             "no published run divides experts over tensor-parallel ranks (etp): the formula alone tells"
@@ -150,8 +155,9 @@ def _skew(found: Outcome, origin: str) -> Assumption:
 
 def _rules(found: Outcome, calibration: Calibration) -> list[Assumption]:
     reserve = found.request.reserve
+    modules = "transformers' modules" if found.request.own_modules else "fused kernels"
     return [
-        Assumption("memory", f"tensors only; {reserve:.0%} of a chip is left free", "costs/training/memory.py",
+        Assumption("memory", f"tensors of {modules}; {reserve:.0%} of a chip is left free", "costs/training/memory.py",
                    "assumed"),
         Assumption("memory, interval", f"of {len(calibration.memory_ratios)} measured configurations",
                    "split-conformal, costs/training/memory_error.py", "fitted"),

@@ -12,6 +12,7 @@ from anabranch.costs.training.columns import Column, Columns, chip_values, model
 from anabranch.costs.training.efficiency import Families
 from anabranch.costs.training.memory import MemoryParts, peak_memory
 from anabranch.costs.training.setup import Setup, Software
+from anabranch.costs.training.stacks import Stack, has_known_modules, megatron, transformers_modules
 from anabranch.errors import ConfigError, PlanError
 from anabranch.hardware.catalog import load_catalog
 from anabranch.hardware.instance import Cluster
@@ -88,6 +89,18 @@ class Request:
             precision=self.precision, domain=self.cluster.domain,
         )  # fmt: skip
         return found.at(trainable(found.columns)) if self.by_train else found
+
+    @property
+    def own_modules(self) -> bool:
+        """Whether memory is that of transformers' modules, which `anabranch train` runs, or of fused kernels."""
+        return self.by_train and has_known_modules(self.shape)
+
+    def stack(self) -> Stack:
+        """What layers keep until backward."""
+        if not self.own_modules:
+            return megatron(self.shape, self.precision)
+        mixed = "mixed" if self.cluster.chips > 1 else "autocast"
+        return transformers_modules(self.shape, "fp32" if self.precision == "fp32" else mixed)
 
     def skew_at(self, ep: Column) -> Column:
         """Of a degree outside those given: the nearest one's, and 1 for a single rank."""
@@ -169,7 +182,9 @@ def price(request: Request, space: Space, calibration: Calibration) -> Priced:
 
 def memory_of(request: Request, space: Space) -> MemoryParts:
     skew = request.skew_at(space.columns.ep)
-    return peak_memory(request.shape, space.columns, request.precision, skew, request.guest_slots)
+    return peak_memory(
+        request.shape, space.columns, request.precision, skew, request.guest_slots, request.stack()
+    )
 
 
 def setup_of(request: Request, layout: Layout) -> Setup:

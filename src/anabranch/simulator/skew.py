@@ -14,7 +14,8 @@ import numpy as np
 
 from anabranch.errors import ConfigError
 from anabranch.placement.base import Homes, IntArray, Plan, Planner, max_over_mean
-from anabranch.placement.policy import make_planner
+from anabranch.placement.policy import PLANNERS, make_planner
+from anabranch.placement.rehome import rehome
 from anabranch.simulator.histogram import FloatArray, Histogram, natural_histogram
 from anabranch.workload.layout import Layout
 from anabranch.workload.shape import ModelShape
@@ -23,6 +24,9 @@ from anabranch.workload.shape import ModelShape
 DRAWS = 4
 # Micro-batches that a planner has seen before the first that counts: `periodic_replication` looks back on 32.
 PAST = 32
+# The slow loop: all experts at home, where homes were chosen by the load of PAST micro-batches.
+REHOME = "rehome"
+POLICIES = (*PLANNERS, REHOME)
 # Of so many times the rows that are drawn, putting back or not makes no difference: 1 % of their variance.
 MANY = 100
 
@@ -45,7 +49,10 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy:
-    """A planner by name and its settings, as of `make_planner`, which raises ConfigError for those that are wrong."""
+    """A planner by name and its settings, as of `make_planner`, which raises ConfigError for those that are wrong.
+
+    Or `rehome`, which no live run can do yet: `static` on homes that follow the load.
+    """
 
     planner: str = "static"
     epsilon: float = 0.05
@@ -53,15 +60,18 @@ class Policy:
     min_rows: int = 0
 
     def build(self) -> Planner:
-        return make_planner(self.planner, epsilon=self.epsilon, slots=self.slots, min_rows=self.min_rows)
+        name = "static" if self.planner == REHOME else self.planner
+        return make_planner(name, epsilon=self.epsilon, slots=self.slots, min_rows=self.min_rows)
 
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """What one policy makes of one layer: the plans of its drawn micro-batches."""
+    """What one policy makes of one layer: the plans of its drawn micro-batches. moved: experts that got a new home
+    before the first of them."""
 
     layer: int
     plans: tuple[Plan, ...]
+    moved: int = 0
 
     @cached_property
     def rows_DR(self) -> IntArray:
@@ -107,14 +117,17 @@ def place(
     chances_NE = histogram.drawn_from(group.top_k)
     placed: list[Placed] = []
     for layer in histogram.layers:
-        (here,), planner = np.nonzero(histogram.layer_N == layer), policy.build()
-        past = PAST if policy.planner == "periodic_replication" else 0
-        plans: list[Plan] = []
+        (here,) = np.nonzero(histogram.layer_N == layer)
+        past, planner = PAST if policy.planner in ("periodic_replication", REHOME) else 0, policy.build()
+        drawn: list[IntArray] = []
         for draw in range(-past, draws):
             number, rng = here[draw % here.size], np.random.default_rng((seed, layer, draw % (1 << 32)))
-            counts_RE = _drawn(chances_NE[number], float(histogram.rows_N[number]), group, rng)
-            plans.append(planner.plan(counts_RE, homes))
-        placed.append(Placed(layer, tuple(plans[past:])))
+            drawn.append(_drawn(chances_NE[number], float(histogram.rows_N[number]), group, rng))
+        own, moved = homes, 0
+        if policy.planner == REHOME:
+            own, moved = rehome(np.sum(drawn[:past], axis=(0, 1)), homes)
+        plans = [planner.plan(counts_RE, own) for counts_RE in drawn]
+        placed.append(Placed(layer, tuple(plans[past:]), moved))
     return placed
 
 

@@ -86,6 +86,12 @@ def torchtitan(shape: ModelShape, precision: str) -> Stack:
 Mode = Literal["fp32", "mixed", "autocast"]
 
 
+def has_known_modules(shape: ModelShape) -> bool:
+    """Whether `transformers_modules` knows what this model keeps."""
+    unusual = shape.norms.bias or shape.attention.latent or shape.positions or shape.mtp
+    return not unusual and shape.norms.per_layer == 2
+
+
 def transformers_modules(shape: ModelShape, mode: Mode) -> Stack:
     """transformers' modules with sdpa attention and grouped experts, and torch's cross entropy on fp32 logits.
 
@@ -94,7 +100,7 @@ def transformers_modules(shape: ModelShape, mode: Mode) -> Stack:
     model of other modules than RMSNorm, grouped-query attention with rotary positions and gated units.
     """
     attention, hidden, experts = shape.attention, shape.hidden, shape.experts
-    if shape.norms.bias or attention.latent or shape.positions or shape.mtp or shape.norms.per_layer != 2:
+    if not has_known_modules(shape):
         raise ConfigError(f"what {shape.family}'s modules keep is not known", setting="model")
     # A norm keeps its input in fp32 (in fp32 and under autocast the residual stream itself), the normed input, and
     # the product that reads its output keeps that.
