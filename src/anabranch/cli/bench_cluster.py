@@ -161,14 +161,8 @@ class ClusterRank:
 
     def explained(self) -> list[dict[str, Any]]:
         """One layer under natural routing: everything `auto` chooses from, cheapest first."""
-        adaptive, carriers = self.ours.adaptive[0], self.carriers["none"]
-        # Between steps the shares of the experts lie there unsharded, as distributed tensors of the group.
-        own: list[Any] = [adaptive.experts._parameters[name] for name in adaptive.names]
-        home = [p.to_local().detach() if isinstance(p, DTensor) else p.detach() for p in own]
-        routed = self.cases.ids(NATURAL, PAST)
+        probe, carriers, routed = self.probe(), self.carriers["none"], self.cases.ids(NATURAL, PAST)
         ids_SK = self._tensors(routed)[0]
-        shape = LayerShape(self.homes, ids_SK.shape[0], self.samples.hidden, self.cases.top_k, home[0].dtype)
-        probe = Probe(carriers.domain, shape, home, adaptive.forward)
         chooser = self._chooser(Policy(AUTO, None))
         assert isinstance(chooser, CheapestChoice)
         chooser.choose(self.cases.counts(routed)[0], self.homes)
@@ -187,6 +181,17 @@ class ClusterRank:
             }
             for c in sorted(chooser.review, key=lambda candidate: candidate.predicted_ms)
         ]
+
+    def probe(self) -> Probe:
+        """Of the first layer, between steps."""
+        adaptive = self.ours.adaptive[0]
+        # Between steps the shares of the experts lie there unsharded, as distributed tensors of the group.
+        own: list[Any] = [adaptive.experts._parameters[name] for name in adaptive.names]
+        home = [p.to_local().detach() if isinstance(p, DTensor) else p.detach() for p in own]
+        shape = LayerShape(
+            self.homes, self.cases.tokens, self.samples.hidden, self.cases.top_k, home[0].dtype
+        )
+        return Probe(self.carriers["none"].domain, shape, home, adaptive.forward)
 
     def _once(
         self, policy: Policy, layers: list[AdaptiveExperts], ids: list[Tensor], counts: list[Any], run: Run

@@ -2,7 +2,7 @@
 
 Measured: steps of a whole model with the routing of a workload, under each policy, and with balanced routing; all of a
 round one after the other. Predicted: by the simulator, from the histogram of other micro-batches of the workload, at
-the prices that the ranks calibrated. Shape suffixes: L layers, R ranks, E experts.
+the prices that the ranks calibrated now and then in between. Shape suffixes: L layers, R ranks, E experts.
 """
 
 from typing import Any
@@ -13,14 +13,20 @@ from torch import Tensor
 from anabranch.cli.bench_cluster import ClusterBench, ClusterRank, measure_cells
 from anabranch.cli.cluster_cases import PAST
 from anabranch.cli.cluster_rows import Policy as Choice
+from anabranch.costs.call import CallModel
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.placement.base import max_over_mean
 from anabranch.placement.choice import Exchange
+from anabranch.placement.policy import make_planner
 from anabranch.simulator.histogram import Histogram, histogram_of
-from anabranch.simulator.skew import Group, Policy, mean_skew, place
+from anabranch.simulator.skew import Group, Placed, Policy, mean_skew, place
 from anabranch.simulator.slowdown import LivePrices
+from anabranch.transport.base import Wires
 
 POLICIES = ("static", "least_loaded", "exact", "bounded")
+# Rounds between two calibrations. A machine that others use gets slower and faster within a cell; one calibration, of
+# seconds, would price what is measured over minutes by one moment.
+CALIBRATE_EVERY = 6
 
 
 def bench_skew_rank(settings: dict[str, Any]) -> dict[str, Any]:
@@ -31,6 +37,13 @@ def bench_skew_rank(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _points(row: dict[str, Any]) -> float:
     return round(100 * (row["predicted_throughput"] - row["throughput"]), 2)
+
+
+def _priced(seen: list[Observation], prices: list[LivePrices]) -> dict[str, float]:
+    """A step at the plans that were made: what of an error is the prices', not the histogram's."""
+    plans, planner = tuple(observed.plan for observed in seen), seen[0].choice.planner
+    steps_s = [price.step_s([Placed(0, plans)], planner) for price in prices]
+    return {"priced_ms": round(1e3 * float(np.median(steps_s)), 1)}
 
 
 class SkewRank(ClusterRank):
@@ -44,7 +57,10 @@ class SkewRank(ClusterRank):
         even = self._layers(Choice("static", exchange), workload)
         times_ms: dict[str, list[float]] = {name: [] for name in ("balanced", *POLICIES)}
         seen: dict[str, list[Observation]] = {name: [] for name in times_ms}
+        prices: list[LivePrices] = []
         for turn in range(-1, self.bench.rounds):  # the first round warms up
+            if turn >= 0 and turn % CALIBRATE_EVERY == 0:
+                prices.append(self._prices(exchange))
             routed = self._tensors(self.cases.ids(workload, PAST + turn))
             for name in np.roll(list(times_ms), turn).tolist():
                 balanced = name == "balanced"
@@ -53,13 +69,22 @@ class SkewRank(ClusterRank):
                 if turn >= 0:
                     times_ms[name].append(step_ms)
                     seen[name] += observed
-        predicted = self._predicted(workload, exchange)
+        predicted = self._predicted(workload, prices)
         about = {"workload": workload, "transport": exchange.transport}
         rows = [
-            about | self._row(name, times_ms, seen[name]) | predicted[name] | self._priced(seen[name])
+            about | self._row(name, times_ms, seen[name]) | predicted[name] | _priced(seen[name], prices)
             for name in POLICIES
         ]
         return [row | {"error_points": _points(row)} for row in rows]
+
+    def _prices(self, exchange: Exchange) -> LivePrices:
+        """Measured now, by the probe behind `auto`."""
+        planners = {
+            name: make_planner(name, epsilon=self.bench.epsilon, slots=self.bench.slots) for name in POLICIES
+        }
+        samples = self.probe().samples(self.carriers["none"].transports, [exchange], planners, Wires())
+        rest_ms = self._median(self.ours.without_experts, self.cases.tokens)
+        return LivePrices(CallModel(samples), rest_ms, self.ours.layers, exchange)
 
     def _timed(self, layers: list[AdaptiveExperts], ids: list[Tensor]) -> tuple[float, list[Observation]]:
         observed: list[Observation] = []
@@ -68,34 +93,24 @@ class SkewRank(ClusterRank):
         self.ours.carry(layers)
         return self.ours.step(ids).step_ms, observed
 
-    def _predicted(self, workload: str, exchange: Exchange) -> dict[str, dict[str, float]]:
-        """Of each policy, from the histogram alone."""
+    def _predicted(self, workload: str, prices: list[LivePrices]) -> dict[str, dict[str, float]]:
+        """Of each policy, from the histogram alone; the median of what each calibration says."""
         histogram = self._histogram(workload)
         group = Group(self.ranks, self.cases.tokens, self.cases.top_k)
-        prices = LivePrices(self.model, self.rest_ms[self.cases.tokens], self.ours.layers, exchange)
-        balanced_s, found = prices.balanced_s(group), dict[str, dict[str, float]]()
+        balanced_s, found = [price.balanced_s(group) for price in prices], dict[str, dict[str, float]]()
         for name in POLICIES:
             placed = place(
                 histogram, group, Policy(name, self.bench.epsilon, self.bench.slots), draws=PAST - 1
             )
-            step_s = prices.step_s(placed, name)
+            step_s = [price.step_s(placed, name) for price in prices]
             found[name] = {
                 "predicted_max_mean": round(mean_skew(placed), 3),
                 "predicted_guests": round(float(np.mean([layer.guests for layer in placed])), 2),
-                "predicted_ms": round(1e3 * step_s, 1),
-                "predicted_balanced_ms": round(1e3 * balanced_s, 1),
-                "predicted_throughput": round(balanced_s / step_s, 4),
+                "predicted_ms": round(1e3 * float(np.median(step_s)), 1),
+                "predicted_balanced_ms": round(1e3 * float(np.median(balanced_s)), 1),
+                "predicted_throughput": round(float(np.median(np.divide(balanced_s, step_s))), 4),
             }
         return found
-
-    def _priced(self, seen: list[Observation]) -> dict[str, float]:
-        """A step at the plans that were made: what of an error is the prices', not the histogram's."""
-        calls_ms = [self.model.cost(o.plan, o.choice.exchange, o.choice.planner).total_ms for o in seen]
-        return {
-            "priced_ms": round(
-                self.rest_ms[self.cases.tokens] + self.ours.layers * float(np.mean(calls_ms)), 1
-            )
-        }
 
     def _histogram(self, workload: str) -> Histogram:
         """Rows of each expert in each layer of micro-batches before those that are measured."""
