@@ -85,6 +85,12 @@ def test_as_many_rows_as_were_counted_have_the_loads_that_were_counted() -> None
         assert not np.array_equal(*(plan.counts_RE for plan in layer.plans))
 
 
+@pytest.mark.parametrize(("rows", "tokens"), [(10**9, 1 << 20), (3, 1 << 28), (10**12, 64)])
+def test_any_number_of_rows_can_be_counted_and_drawn(rows: int, tokens: int) -> None:
+    (layer,) = place(one_layer([rows] * 8), Group(8, tokens, 1), Policy(), draws=1)
+    assert layer.rows_DR.sum() == 8 * tokens
+
+
 def test_fewer_rows_than_were_counted_vary_less_than_if_they_were_put_back() -> None:
     half, popular = [512] * 8, [0.125] * 8
     spread = [

@@ -141,7 +141,6 @@ def natural_histogram(experts: int) -> Histogram:
     first = np.cumsum([0, *(len(part.layers) for part in parts)])
     layer_N = np.concatenate([part.layer_N + start for part, start in zip(parts, first, strict=False)])
     source = " and ".join(part.source for part in parts)
-    share_NE, rows_N = (
-        np.concatenate(column) for column in zip(*((p.share_NE, p.rows_N) for p in parts), strict=True)
-    )
+    share_NE = np.concatenate([part.share_NE for part in parts])
+    rows_N = np.concatenate([part.rows_N for part in parts])
     return Histogram(share_NE, layer_N, source, rows_N)

@@ -29,6 +29,8 @@ REHOME = "rehome"
 POLICIES = (*PLANNERS, REHOME)
 # Of so many times the rows that are drawn, putting back or not makes no difference: 1 % of their variance.
 MANY = 100
+# numpy deals from fewer rows than this. Of so many, chance is a ten-thousandth of a hot expert's load anyway.
+MOST_DEALT = 10**9
 
 
 class Group(NamedTuple):
@@ -139,9 +141,8 @@ def _drawn(chances_E: FloatArray, counted: float, group: Group, rng: np.random.G
     """
     rows = group.tokens * group.top_k
     wanted = group.ranks * rows
-    if counted > MANY * wanted:
+    if counted > MANY * wanted or (dealt := int(counted) * ceil(wanted / counted)) >= MOST_DEALT:
         return rng.multinomial(rows, chances_E, size=group.ranks)
-    dealt = int(counted) * ceil(wanted / counted)
     left_E = np.diff(np.rint(dealt * np.cumsum(chances_E)), prepend=0).astype(np.int64)
     counts_RE = np.empty((group.ranks, chances_E.size), dtype=np.int64)
     for counts_E in counts_RE:
