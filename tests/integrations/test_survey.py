@@ -23,6 +23,7 @@ LATENT = {"axk1", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"}
 
 # Every name that any of them uses for a size; a config takes those that it knows.
 SIZES = {
+    "unpadded_vocab_size": 256,
     "vocab_size": 256, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24,
     "shared_intermediate_size": 24, "shared_expert_intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16,
