@@ -27,6 +27,7 @@ SIZES = {
     "vocab_size": 256, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24,
     "shared_intermediate_size": 24, "shared_expert_intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8,
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "max_position_embeddings": 128,
     "sliding_window": 16, "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "n_shared_experts": 1,
     "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "n_group": 1, "topk_group": 1, "num_dense_layers": 0,
