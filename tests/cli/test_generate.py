@@ -41,6 +41,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory, toy_text: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def large(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same words for a model of 3.4 MiB, 3 of them experts."""
+    large = tmp_path_factory.mktemp("large")
+    for file in folder.glob("tok*"):
+        (large / file.name).write_bytes(file.read_bytes())
+    sizes = SIZES | {"num_experts": 32, "moe_intermediate_size": 64}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3_moe", vocab_size=400, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(large)
+    return large
+
+
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.txt"
@@ -81,6 +94,20 @@ def test_both_steps_and_any_number_of_slots_give_the_same(folder: Path, prompts:
         for more in (["--step", "native"], ["--step", "torch"], ["--slots", "1"])
     )
     assert others == [first, first]
+
+
+def test_a_model_three_times_its_memory_gives_the_same(large: Path, prompts: Path) -> None:
+    options = ["--max-new-tokens", "16", "--json"]
+    whole, lines = run(large, prompts, *options)
+    assert whole.exit_code == 0 and json.loads(whole.stdout)["expert_store"] is None
+    store = ["--memory-limit-mib", "1", "--store-folder", str(prompts.parent / "store")]
+    limited, same = run(large, prompts, *options, *store, "--overwrite")
+    assert limited.exit_code == 0, limited.output
+    figures = json.loads(limited.stdout)["expert_store"]
+    assert 0 < figures["slots"] < figures["experts"] / 3 and 0 < figures["hit_rate"] < 1
+    assert sorted(same, key=lambda line: line["prompt"]) == sorted(lines, key=lambda line: line["prompt"])
+    refused, _ = run(large, prompts, *store, "--step", "torch", "--overwrite")
+    assert refused.exit_code == 2 and "memory_limit_mib" in refused.stderr
 
 
 def test_why_the_native_step_was_not_taken(

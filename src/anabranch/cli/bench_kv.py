@@ -28,7 +28,7 @@ from anabranch.scheduling.eviction import LEAST
 from anabranch.scheduling.scheduler import Limits, Part
 from anabranch.serving.engine import Engine, EngineSettings, kv_shape_of
 from anabranch.serving.kv_figures import GIB, kv_figures
-from anabranch.serving.loading import load
+from anabranch.serving.loading import load_model, load_tokenizer
 from anabranch.serving.step.base import Outputs
 from anabranch.training.config import RunConfig
 from anabranch.training.sources import STDLIB, read_documents, split_documents
@@ -81,7 +81,7 @@ def train_tiny(steps: int, folder: Path, tokens: int) -> Path:
 def bench_kv(folder: Path, tokens: int, chains: int) -> Iterator[dict[str, Any]]:
     """A row a policy, full KV first. tokens: of a chain. chains: documents at most."""
     quiet()
-    model, tokenizer, _ = load(folder, "float32")
+    model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
     texts = [
         document.text for document in split_documents(read_documents(STDLIB, max_bytes=MAX_BYTES)).validation
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from anabranch.cli.device import quiet
 from anabranch.cli.fail import fails_clearly
@@ -24,7 +25,7 @@ from anabranch.serving.batch.batch import Batch, BatchSettings
 from anabranch.serving.batch.prompts import encode, read_prompts, tokens_of
 from anabranch.serving.batch.records import FailureRecord, OutputFile, Record, SampleRecord, VoteRecord
 from anabranch.serving.engine import Engine, EngineSettings
-from anabranch.serving.loading import Loaded, load
+from anabranch.serving.loading import load_tokenizer, stop_tokens
 from anabranch.telemetry.energy import EnergyMeter, open_meter
 from anabranch.training.checkpoints import difference
 from anabranch.training.folder import write_json
@@ -52,6 +53,8 @@ EvictAbove = Annotated[
 ]
 Spill = Annotated[int, typer.Option(help="MiB for keys and values of samples that wait")]
 SpillFolder = Annotated[str | None, typer.Option(help="where to keep these [default: in memory]")]
+MemoryLimit = Annotated[int | None, typer.Option(help="MiB for weights; other experts stay on disk")]
+StoreFolder = Annotated[str, typer.Option(help="where these are kept, packed, for this run and later ones")]
 Slots = Annotated[int, typer.Option(help="samples computed at once")]
 Threads = Annotated[int | None, typer.Option(help="of the native step [default: all cores]")]
 Step = Annotated[str, typer.Option(help="auto, native (C++) or torch")]
@@ -87,6 +90,8 @@ def generate(
     evict_above: EvictAbove = None,
     spill_mib: Spill = 0,
     spill_folder: SpillFolder = None,
+    memory_limit_mib: MemoryLimit = None,
+    store_folder: StoreFolder = EngineSettings.store_folder,
     slots: Slots = 32,
     threads: Threads = None,
     step: Step = "auto",
@@ -105,23 +110,26 @@ def generate(
     quiet()
     read = read_prompts(Path(prompts))
     asked["prompts"] = hashlib.sha256(Path(prompts).read_bytes()).hexdigest()[:16]
-    pages = {"evict_above": evict_above, "spill_mib": spill_mib, "spill_folder": spill_folder}
-    engine_settings = EngineSettings(dtype, kv_dtype, kv_memory_mib, threads, step, Limits(slots), **pages)
+    memory = {"memory_limit_mib": memory_limit_mib, "store_folder": store_folder, "evict_above": evict_above,
+              "spill_mib": spill_mib, "spill_folder": spill_folder}  # fmt: skip
+    engine_settings = EngineSettings(dtype, kv_dtype, kv_memory_mib, threads, step, Limits(slots), **memory)
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     # The prompt stands for those of the file; what else can be wrong is said before the model is loaded.
     request = Request((0,), max_new_tokens, samples, sampling)
     settings = BatchSettings(request, tuple(stop or ()), _pattern(vote), vote_confidence, logprobs)
-    loaded = load(Path(model), dtype)
-    encoded = [encode(prompt, loaded.tokenizer, chat) for prompt in read]
-    thinking = _thinking(loaded, thinking_budget, end_of_thought, closing_words)
-    request = replace(request, stop_tokens=loaded.stop_tokens, thinking=thinking)
-    engine_settings = replace(engine_settings, limits=_limits(loaded, slots, encoded, max_new_tokens))
-    _claim(Path(out), asked, resume, overwrite)
-    with Engine(loaded.model, engine_settings) as engine, closing(OutputFile(Path(out))) as output:
+    folder = Path(model)
+    tokenizer = load_tokenizer(folder)
+    encoded = [encode(prompt, tokenizer, chat) for prompt in read]
+    thinking = _thinking(tokenizer, thinking_budget, end_of_thought, closing_words)
+    request = replace(request, stop_tokens=stop_tokens(folder, tokenizer), thinking=thinking)
+    limits = _limits(folder, slots, encoded, max_new_tokens)
+    with Engine.from_folder(folder, replace(engine_settings, limits=limits)) as engine:
+        _claim(Path(out), asked, resume, overwrite)
         if engine.why_not_native is not None:
             say(f"transformers' own modules compute the steps: {engine.why_not_native}")
-        batch = Batch(engine, loaded.tokenizer, replace(settings, request=request))
-        report = _run(batch, encoded, output, out)
+        batch = Batch(engine, tokenizer, replace(settings, request=request))
+        with closing(OutputFile(Path(out))) as output:
+            report = _run(batch, encoded, output, out)
     if json_out:
         typer.echo(json.dumps(report, indent=2, allow_nan=False))
     else:
@@ -130,17 +138,9 @@ def generate(
 
 # What may differ between a run and the one that it goes on from: it changes no sample beyond rounding.
 FREE = (
-    "out",
-    "kv_memory_mib",
-    "spill_mib",
-    "spill_folder",
-    "slots",
-    "threads",
-    "step",
-    "resume",
-    "overwrite",
-    "json_out",
-)
+    "out", "kv_memory_mib", "spill_mib", "spill_folder", "memory_limit_mib", "store_folder", "slots", "threads", "step",
+    "resume", "overwrite", "json_out",
+)  # fmt: skip
 
 
 def _run(batch: Batch, prompts: list[tuple[int, ...]], output: OutputFile, out: str) -> dict[str, Any]:
@@ -185,6 +185,7 @@ def _report(
     votes = [r for r in new if isinstance(r, VoteRecord)]
     failures = [r for r in new if isinstance(r, FailureRecord)]
     tally, tokens, joules = batch.engine.scheduler.tally, batch.new_tokens, meter.joules()
+    store = batch.engine.store
     return {
         "samples": sum(isinstance(r, SampleRecord) for r in new),
         "votes": len(votes),
@@ -202,19 +203,22 @@ def _report(
         "reused_prompt_tokens": tally.reused,
         "step": batch.engine.step.name,
         "why_not_native": batch.engine.why_not_native,
+        "expert_store": None if store is None else {**store._asdict(), "hit_rate": store.hit_rate},
     }
 
 
-def _thinking(loaded: Loaded, budget: int | None, end: str, words: str) -> Thinking | None:
+def _thinking(
+    tokenizer: PreTrainedTokenizerBase, budget: int | None, end: str, words: str
+) -> Thinking | None:
     if budget is None:
         return None
-    tokens = tokens_of("end_of_thought", end, loaded.tokenizer)
-    return Thinking(budget, tokens, tokens_of("closing_words", words, loaded.tokenizer) if words else ())
+    tokens = tokens_of("end_of_thought", end, tokenizer)
+    return Thinking(budget, tokens, tokens_of("closing_words", words, tokenizer) if words else ())
 
 
-def _limits(loaded: Loaded, slots: int, prompts: list[tuple[int, ...]], new_tokens: int) -> Limits:
+def _limits(folder: Path, slots: int, prompts: list[tuple[int, ...]], new_tokens: int) -> Limits:
     """Room for the longest prompt, as far as the model's positions go."""
-    config = loaded.model.config.get_text_config()
+    config = AutoConfig.from_pretrained(folder).get_text_config()
     return Limits(slots, tokens=min(config.max_position_embeddings, max(map(len, prompts)) + new_tokens))
 
 

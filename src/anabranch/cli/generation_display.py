@@ -52,6 +52,11 @@ def print_report(report: dict[str, Any], out: str) -> None:
     if report["joules_per_token"] is not None:
         told = ENERGY_TOLD[report["energy_source"]]
         typer.echo(f"{report['joules_per_token']:.3g} joules a token, {told}")
+    if store := report["expert_store"]:
+        typer.echo(
+            f"{store['slots']} of {store['experts']} experts in memory, {store['hit_rate']:.0%} of those needed "
+            f"were there, {store['bytes_read'] / (1 << 20):,.0f} MiB read"
+        )
     if report["votes"]:
         typer.echo(
             f"{report['votes']} votes: {report['cancelled_samples']} samples cancelled, "

@@ -7,7 +7,18 @@ import typer
 
 from anabranch.cli.device import quiet
 from anabranch.cli.fail import fails_clearly
-from anabranch.cli.generate import Dtype, EvictAbove, KvDtype, KvMemory, Model, Slots, Spill, Step, Threads
+from anabranch.cli.generate import (
+    Dtype,
+    EvictAbove,
+    KvDtype,
+    KvMemory,
+    MemoryLimit,
+    Model,
+    Slots,
+    Spill,
+    Step,
+    Threads,
+)
 from anabranch.cli.process import say
 from anabranch.errors import ConfigError
 from anabranch.scheduling.scheduler import Limits
@@ -19,7 +30,6 @@ ApiKey = Annotated[
     str | None, typer.Option(envvar="ANABRANCH_API_KEY", help="what clients must send", show_default=False)
 ]
 Name = Annotated[str | None, typer.Option(help="of the model, for clients [default: the folder's]")]
-MemoryLimit = Annotated[int | None, typer.Option(help="MiB for weights; other experts stay on disk")]
 Speculate = Annotated[int, typer.Option(help="tokens guessed ahead at most, where that pays")]
 Chunk = Annotated[int, typer.Option(help="prompt tokens a step")]
 MaxTokens = Annotated[int, typer.Option(help="prompt and new tokens of an answer")]

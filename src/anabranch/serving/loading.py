@@ -1,7 +1,6 @@
 """A model folder as `save_pretrained` writes it, for serving."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers import (
@@ -15,19 +14,9 @@ from transformers import (
 
 from anabranch.errors import CheckpointError, ConfigError
 
-DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
-
-
-class Loaded(NamedTuple):
-    """A model, its tokenizer, and the tokens after which its chains end."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    stop_tokens: frozenset[int]
-
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Raises as `load`."""
+    """Raises ConfigError without such a folder, CheckpointError for what it holds."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; models are not downloaded", setting="model")
     if not (folder / "config.json").is_file():
@@ -36,12 +25,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} holds no tokenizer: {error}", setting="model") from error
-
-
-def load(folder: Path, dtype: str | None) -> Loaded:
-    """dtype: as in EngineSettings. Raises ConfigError without such a folder, CheckpointError for what it holds."""
-    tokenizer = load_tokenizer(folder)
-    return Loaded(load_model(folder, DTYPES[dtype]), tokenizer, stop_tokens(folder, tokenizer))
 
 
 def load_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -53,7 +36,7 @@ def load_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 
 
 def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Those that the model's folder names, and the tokenizer's own. Raises as `load`."""
+    """Those that the model's folder names, and the tokenizer's own. Raises as `load_tokenizer`."""
     try:
         if (folder / "generation_config.json").is_file():
             named = GenerationConfig.from_pretrained(folder).eos_token_id
