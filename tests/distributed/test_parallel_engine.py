@@ -1,6 +1,8 @@
 """Experts on several ranks: the same tokens as on one, whoever has work, and no hang when a rank fails."""
 
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tests.integrations.parity import Layout, load
 from tests.integrations.toy_models import micro_batch, toy_config, write_checkpoint
 from transformers import AutoModelForCausalLM
 
+import anabranch
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.integrations.transformers import adaptive_layers
 from anabranch.scheduling.chain import Request
@@ -85,6 +88,26 @@ def test_fewer_requests_than_ranks(ranks4: RankPool, folders) -> None:
     expected = alone(folders["mixtral"], requests(1))
     done = ranks4.run(dealt, folders["mixtral"], requests(1), "dedup", "exact")
     assert [c.tokens for c in done[0][0]] == [c.tokens for c in expected]
+
+
+def wired(folder, wanted, wire):
+    """Completions of rank 0, and the bytes of rows that this rank sent in the first call of a layer."""
+    with patch.object(anabranch, "enable", partial(anabranch.enable, dispatch_wire=wire, combine_wire=wire)):
+        parallel = opened(folder, planner="static")
+    sent = []
+    for layer in adaptive_layers(parallel.engine.step.step.model).values():
+        layer.observers.append(lambda seen: sent.append(seen.token_bytes))
+    return parallel.deal(wanted if dist.get_rank() == 0 else []), sent[0]
+
+
+def test_rows_may_travel_as_int8(ranks2: RankPool, folders) -> None:
+    exact = ranks2.run(wired, folders["mixtral"], requests(2), "none")
+    coarse = ranks2.run(wired, folders["mixtral"], requests(2), "int8")
+    assert all(0 < ours[1] < theirs[1] / 2 for ours, theirs in zip(coarse, exact, strict=True))
+    for ours, theirs in zip(coarse[0][0], exact[0][0], strict=True):
+        # Chains may part once two tokens are nearly as likely; the first new one has the same past.
+        assert len(ours.tokens) == len(theirs.tokens)
+        assert 0 < abs(ours.logprobs[0] - theirs.logprobs[0]) < 0.05
 
 
 def own_requests(folder):

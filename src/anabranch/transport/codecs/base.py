@@ -52,6 +52,8 @@ class BlockScaled(Codec):
 
     def encode(self, x_ND: Tensor) -> Tensor:
         hidden, blocks = x_ND.shape[1], _blocks(x_ND.shape[1])
+        if not len(x_ND):  # torch sees strides and offsets in empty tensors, which cannot be viewed as bytes
+            return x_ND.new_empty((0, self.row_bytes(hidden)), dtype=torch.uint8)
         x_NGB = pad(x_ND.float(), (0, blocks * BLOCK - hidden)).view(-1, blocks, BLOCK)
         scale_NG = x_NGB.abs().amax(dim=2) / self.largest
         inverse_NG = torch.where(scale_NG > 0, 1.0 / scale_NG, 0.0)
@@ -63,6 +65,8 @@ class BlockScaled(Codec):
 
     def decode(self, wire_NW: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
         blocks = _blocks(hidden)
+        if not len(wire_NW):
+            return wire_NW.new_empty((0, hidden), dtype=dtype)
         bytes_ND, scale = wire_NW.split([hidden, 4 * blocks], dim=1)
         scale_NG = scale.contiguous().view(torch.float32)
         x_ND = bytes_ND.contiguous().view(self.byte_type).float()
