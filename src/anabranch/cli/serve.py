@@ -5,20 +5,9 @@ from typing import Annotated
 
 import typer
 
+from anabranch.cli import generate as options
 from anabranch.cli.device import quiet
 from anabranch.cli.fail import fails_clearly
-from anabranch.cli.generate import (
-    Dtype,
-    EvictAbove,
-    KvDtype,
-    KvMemory,
-    MemoryLimit,
-    Model,
-    Slots,
-    Spill,
-    Step,
-    Threads,
-)
 from anabranch.cli.process import say
 from anabranch.errors import ConfigError
 from anabranch.scheduling.scheduler import Limits
@@ -41,21 +30,21 @@ DrainS = Annotated[float, typer.Option(help="seconds for running requests at the
 
 @fails_clearly
 def serve(
-    model: Model,
+    model: options.Model,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key: ApiKey = None,
     name: Name = None,
-    dtype: Dtype = None,
-    kv_dtype: KvDtype = None,
-    kv_memory_mib: KvMemory = 512,
-    evict_above: EvictAbove = None,
-    spill_mib: Spill = 0,
-    memory_limit_mib: MemoryLimit = None,
-    threads: Threads = None,
-    step: Step = "auto",
+    dtype: options.Dtype = None,
+    kv_dtype: options.KvDtype = None,
+    kv_memory_mib: options.KvMemory = 512,
+    evict_above: options.EvictAbove = None,
+    spill_mib: options.Spill = 0,
+    memory_limit_mib: options.MemoryLimit = None,
+    threads: options.Threads = None,
+    step: options.Step = "auto",
     speculate: Speculate = 0,
-    slots: Slots = 32,
+    slots: options.Slots = 32,
     chunk: Chunk = 512,
     max_tokens: MaxTokens = 4096,
     max_requests: MaxRequests = 64,

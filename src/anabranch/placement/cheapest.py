@@ -32,7 +32,8 @@ TRIALS = 2
 
 
 class Candidate(NamedTuple):
-    """One priced way to do a call. guests: copies in its plan. expected_ms: its price, corrected by trials."""
+    """One priced way to do a call. guests: copies in its plan. expected_ms: its price, corrected by trials; of an
+    exchange in chunks with its error on top."""
 
     planner: str
     exchange: Exchange
@@ -164,9 +165,14 @@ class CheapestChoice:
         for name, plan in plans.items():
             for exchange in self.exchanges:
                 ms = self.prices.call_ms(plan, exchange, name)
-                corrected_ms = ms * self.experience.correction(max_mean, (name, exchange))
-                found.append(Candidate(name, exchange, plan.guests, ms, corrected_ms))
+                expected_ms = self._expected_ms(ms, max_mean, (name, exchange))
+                found.append(Candidate(name, exchange, plan.guests, ms, expected_ms))
         self.review = tuple(found)
+
+    def _expected_ms(self, predicted_ms: float, max_mean: float, pair: Pair) -> float:
+        """Chunks hide less than prices err by, on CPUs at least (docs/log.md): they have to be cheaper for certain."""
+        ms = predicted_ms * self.experience.correction(max_mean, pair)
+        return ms * (1.0 + self.experience.error(max_mean, pair)) if pair[1].chunks > 1 else ms
 
     def _try(self, plans: Mapping[str, Plan], max_mean: float, trial: Trial) -> None:
         """Let the contenders run, and correct all prices by what they took. Of those that ran before, one is enough."""
@@ -178,8 +184,7 @@ class CheapestChoice:
         runs_ms = dict(zip(pairs, run_off(choices, trial), strict=True))
         self.experience.learn(max_mean, {pair: priced[pair].predicted_ms for pair in pairs}, runs_ms)
         self.review = tuple(
-            c._replace(expected_ms=c.predicted_ms * self.experience.correction(max_mean, c.pair))
-            for c in self.review
+            c._replace(expected_ms=self._expected_ms(c.predicted_ms, max_mean, c.pair)) for c in self.review
         )
 
     def _worth_pricing(self, plans: dict[str, Plan]) -> dict[str, Plan]:

@@ -57,6 +57,13 @@ class Experience:
         trust = PRICE_ERROR**2 / (PRICE_ERROR**2 + own.error**2)
         return usual * (own.ratio / usual) ** trust
 
+    def error(self, max_mean: float, pair: Pair) -> float:
+        """How far the corrected price of the pair may be off, a standard error as a fraction."""
+        own = self._lessons.get((_band(max_mean), pair))
+        if own is None:
+            return PRICE_ERROR
+        return PRICE_ERROR * own.error / math.hypot(PRICE_ERROR, own.error)
+
     def learn(
         self, max_mean: float, predicted_ms: Mapping[Pair, float], runs_ms: Mapping[Pair, Sequence[float]]
     ) -> None:
