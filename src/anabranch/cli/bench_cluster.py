@@ -2,7 +2,8 @@
 
 All policies share one model's weights, the inputs and the routing of a workload, and are measured interleaved in
 one run. transformers' own `all_to_all` runs in a second model with the same weights. Predicted times are those of the
-cost model that `auto` chooses by: the step without experts, measured once, plus every layer's priced call.
+cost model that `auto` chooses by, calibrated anew for each workload: the step without experts plus every layer's
+priced call.
 
 Shape suffixes: S tokens of a rank, K experts a token, R ranks, E experts.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import anabranch
-from anabranch.cli.cluster_cases import CHANGES, CHANGING, NATURAL, PAST, ClusterCases
+from anabranch.cli.cluster_cases import CHANGES, CHANGING, NATURAL, PAST, RAGGED, ClusterCases
 from anabranch.cli.cluster_contest import Record, next_round
 from anabranch.cli.cluster_model import AdaptiveModel, StepModel
 from anabranch.cli.cluster_rows import AUTO, IDEAL, TRANSFORMERS, Policy, Reporter, Run, policies
@@ -105,26 +106,18 @@ class ClusterRank:
         self.homes = Homes.contiguous(bench.cases.experts, self.ranks)
         self.theirs = StepModel(bench.model, self.ranks, "all_to_all")
         self.ours = AdaptiveModel(bench.model, self.ranks)
-        self.sizes = sorted({bench.cases.tokens // 2, bench.cases.tokens, 2 * bench.cases.tokens})
-        # The first step measures what `auto` chooses by, the way a training run does.
+        # The first step makes what the layers share.
         self.ours.step(self._even(bench.cases.tokens))
-        first = self.ours.adaptive[0]
-        self.carriers = {"none": first.carriers}
-        self.carriers["int8"] = Carriers(
-            first.carriers.domain, first.carriers.exchanges, Wires("int8", "int8")
-        )
-        chooser = first.layer.chooser if first.layer else None
-        assert isinstance(chooser, CheapestChoice) and isinstance(chooser.prices, CalibratedPrices)
-        self.prices = chooser.prices
-        self.policies = policies(first.carriers.exchanges)
-        self.rest_ms = {n: self._median(self.ours.without_experts, n) for n in self.sizes}
-        self.samples = self._with_transformers(self.prices.model.samples)
-        self.model = CallModel(self.samples)
-        nodes = first.carriers.domain.nodes
-        self.reporter = Reporter(bench.cases, self.homes, nodes, self.samples.row_bytes, bench.cpu)
+        shared = self.ours.adaptive[0].carriers
+        coarse = Carriers(shared.domain, shared.exchanges, Wires("int8", "int8"))
+        self.carriers = {"none": shared, "int8": coarse}
+        self.policies = policies(shared.exchanges)
+        self.hidden: int = self.ours.model.config.hidden_size
+        self.reporter = Reporter(bench.cases, self.homes, shared.domain.nodes, 4 * self.hidden, bench.cpu)
 
     def rows(self, workload: str) -> list[dict[str, Any]]:
         """One row a policy, after interleaved rounds in which `next_round` says who takes part."""
+        self._calibrate(workload)
         layers = {policy: self._layers(policy, workload) for policy in self.policies}
         tried_ms = self._try_before(layers, workload)
         runs = {policy: Run() for policy in self.policies}
@@ -141,6 +134,16 @@ class ClusterRank:
                 )
         rows = [self.reporter.row(workload, policy, runs, measured) for policy in self.policies]
         return [row | {"trials_ms": tried_ms if row["policy"] == AUTO else 0.0} for row in rows]
+
+    def _calibrate(self, workload: str) -> None:
+        """Measures anew what `auto` chooses by and steps are predicted by, as a training that begins now would: the
+        cells of a lab take an hour, in which a host that others use gets slower and faster."""
+        carriers, tokens = self.carriers["none"], self.cases.tokens
+        samples = self.probe().samples(carriers.transports, carriers.exchanges, carriers.planners(), Wires())
+        self.prices = CalibratedPrices(samples)
+        self.sizes = [tokens // 2, tokens, 2 * tokens] if workload == RAGGED else [tokens]
+        self.rest_ms = {n: self._median(self.ours.without_experts, n) for n in self.sizes}
+        self.model = CallModel(self._with_transformers(samples))
 
     def _try_before(self, layers: dict[Policy, list[AdaptiveExperts]], workload: str) -> float:
         """Lets `auto` try what leads, in the micro-batches before the first measured one: ms of all layers.
@@ -188,9 +191,7 @@ class ClusterRank:
         # Between steps the shares of the experts lie there unsharded, as distributed tensors of the group.
         own: list[Any] = [adaptive.experts._parameters[name] for name in adaptive.names]
         home = [p.to_local().detach() if isinstance(p, DTensor) else p.detach() for p in own]
-        shape = LayerShape(
-            self.homes, self.cases.tokens, self.samples.hidden, self.cases.top_k, home[0].dtype
-        )
+        shape = LayerShape(self.homes, self.cases.tokens, self.hidden, self.cases.top_k, home[0].dtype)
         return Probe(self.carriers["none"].domain, shape, home, adaptive.forward)
 
     def _once(

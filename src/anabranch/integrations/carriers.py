@@ -47,7 +47,7 @@ class Carriers:
         if key not in self._prices:
             samples = self._stored(pricing, key, probe.device)
             if samples is None:
-                samples = probe.samples(self.transports, self.exchanges, self._planners(), self.wires)
+                samples = probe.samples(self.transports, self.exchanges, self.planners(), self.wires)
                 if self.domain.rank == 0:
                     pricing.store(key, samples)
             self._prices[key] = pricing.prices(samples)
@@ -57,7 +57,7 @@ class Carriers:
         """What trials told beside these prices: the layers that share the prices share it."""
         return self._experience.setdefault(prices, Experience())
 
-    def _planners(self) -> dict[str, Planner]:
+    def planners(self) -> dict[str, Planner]:
         """Every planner that may be priced, with settings of no consequence to its host time."""
         planners = {name: make_planner(name) for name in PLANNERS}
         within = [WithinNode(planners[name], self.domain.nodes) for name in ("bounded", "exact")]
