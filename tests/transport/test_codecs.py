@@ -64,6 +64,7 @@ def test_a_row_is_encoded_by_itself(name: str) -> None:
     x_ND = rows(8, 200)
     torch.manual_seed(0)
     whole_NW = codec.encode(x_ND)
+    assert codec.encode(x_ND[:0]).shape == (0, codec.row_bytes(200))
     if name != "int8_stochastic":
         assert torch.equal(torch.cat([codec.encode(row_1D) for row_1D in x_ND.split(1)]), whole_NW)
 

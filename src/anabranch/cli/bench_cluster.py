@@ -106,7 +106,7 @@ class ClusterRank:
         self.homes = Homes.contiguous(bench.cases.experts, self.ranks)
         self.theirs = StepModel(bench.model, self.ranks, "all_to_all")
         self.ours = AdaptiveModel(bench.model, self.ranks)
-        # The first step makes what the layers share.
+        # The first step makes what the layers share. Rows are fp32: 4 bytes a number.
         self.ours.step(self._even(bench.cases.tokens))
         shared = self.ours.adaptive[0].carriers
         coarse = Carriers(shared.domain, shared.exchanges, Wires("int8", "int8"))
