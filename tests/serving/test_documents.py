@@ -25,9 +25,10 @@ def here(tmp_path: Path, toy_text: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     tokenizer = load_or_train_tokenizer([toy_text.read_text()], 400, tmp_path / "cache")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": None}
-    config = AutoConfig.for_model("qwen3", vocab_size=len(tokenizer), **sizes, **heads)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model("qwen3_moe", vocab_size=len(tokenizer), **sizes, **heads, **experts)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     Path("prompts.txt").write_text("import re\n")
     return tmp_path
@@ -41,10 +42,19 @@ def test_the_program_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert len(re.findall(r" -\d+\.\d+$", said, flags=re.MULTILINE)) == 4
 
 
-def test_the_command_runs_and_knows_the_options(here: Path) -> None:
-    (command,) = re.findall(r"^anabranch (generate .*)$", TEXT, flags=re.MULTILINE)
-    result = CliRunner().invoke(app, [*shlex.split(command), "--max-new-tokens", "4"])
+COMMANDS = re.findall(r"^anabranch (generate .*)$", TEXT, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_run(here: Path, command: str) -> None:
+    mine = command.replace("MODEL", "runs/train/model").replace("/fast/disk", str(here / "disk"))
+    result = CliRunner().invoke(app, [*shlex.split(mine), "--max-new-tokens", "4"])
     assert result.exit_code == 0, result.output
-    assert len(Path("samples.jsonl").read_text().splitlines()) == 8
-    said = CliRunner().invoke(app, ["generate", "--help"]).output
+    samples = int(re.findall(r"--samples (\d+)", mine)[0]) if "--samples" in mine else 1
+    assert len(Path("samples.jsonl").read_text().splitlines()) == samples
+
+
+def test_the_options_exist() -> None:
+    assert len(COMMANDS) == 2
+    said = CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "200"}).output
     assert [option for option in re.findall(r"`(--[a-z-]+)", TEXT) if option not in said] == []
