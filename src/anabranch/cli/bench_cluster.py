@@ -106,13 +106,12 @@ class ClusterRank:
         self.homes = Homes.contiguous(bench.cases.experts, self.ranks)
         self.theirs = StepModel(bench.model, self.ranks, "all_to_all")
         self.ours = AdaptiveModel(bench.model, self.ranks)
-        # The first step makes what the layers share. Rows are fp32: 4 bytes a number.
-        self.ours.step(self._even(bench.cases.tokens))
         shared = self.ours.adaptive[0].carriers
         coarse = Carriers(shared.domain, shared.exchanges, Wires("int8", "int8"))
         self.carriers = {"none": shared, "int8": coarse}
         self.policies = policies(shared.exchanges)
         self.hidden: int = self.ours.model.config.hidden_size
+        # Rows are fp32: 4 bytes a number.
         self.reporter = Reporter(bench.cases, self.homes, shared.domain.nodes, 4 * self.hidden, bench.cpu)
 
     def rows(self, workload: str) -> list[dict[str, Any]]:
