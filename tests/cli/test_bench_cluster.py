@@ -60,7 +60,7 @@ def test_fixed_choices_take_the_exchange_with_the_fewest_rows(nodes, best):
 def _row(policy, rounds, theirs, workload="W2", **more):
     return {
         "topology": "2x2", "inter_mbit": 200.0, "workload": workload, "policy": policy, "transport": "dedup",
-        "chunks": 1, "codec": "none", "max_mean_before": 2.0, "step_ms_rounds": rounds, "predicted_ms": 110.0,
+        "chunks": 1, "codec": "none", "guests": 0.0, "inter_bytes": 1300, "max_mean_before": 2.0, "step_ms_rounds": rounds, "predicted_ms": 110.0,
         "step_ms_median": float(np.median(rounds)),
         "speedup_vs_transformers": float(np.median(np.array(theirs) / np.array(rounds))), **more,
     }  # fmt: skip
@@ -71,7 +71,7 @@ def test_the_verdict_takes_the_worst_cell():
     rows = [
         _row("transformers", theirs, theirs, predicted_ms=200.0),
         _row("static", [120.0, 120.0, 120.0], theirs, predicted_ms=120.0),
-        _row("bounded", [90.0, 90.0, 90.0], theirs, codec="int8", predicted_ms=None),
+        _row("bounded", [90.0, 90.0, 90.0], theirs, codec="int8", inter_bytes=100, predicted_ms=None),
         _row("auto", [126.0, 120.0, 132.0], theirs, predicted_ms=126.0),
         _row("ideal", [50.0, 50.0, 50.0], theirs, predicted_ms=60.0),
     ]
@@ -84,6 +84,9 @@ def test_the_verdict_takes_the_worst_cell():
     assert (found.cells, found.skewed_cells) == (2, 1)
     assert found.worst_vs_best_fixed == pytest.approx(1.05)
     assert found.worst_vs_transformers == pytest.approx(1.0)
+    # Where guests' weights travelled too, rows alone cannot be told.
+    assert found.int8_bytes_ratio == 13.0
+    assert "13.0 times fewer bytes between nodes than transformers (6.5 times" in found.text()
     assert found.median_speedup == pytest.approx(200 / 126)
     assert found.prediction_error == pytest.approx(np.median([0, 0, 0, 0.2, 0.1, 0.1, 0.1, 0.1]))
     assert "2 cells" in found.text()

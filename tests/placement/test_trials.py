@@ -8,7 +8,7 @@ from anabranch.placement.cheapest import CheapestChoice
 from anabranch.placement.choice import Choice, Exchange
 from anabranch.placement.exact import ExactPlanner
 from anabranch.placement.static import StaticPlanner
-from anabranch.placement.trials import Experience, contenders, run_off
+from anabranch.placement.trials import Experience, contenders, levelled, run_off
 
 HOMES = Homes.contiguous(4, 2)
 EVEN, SKEWED = np.array([[10, 10, 10, 10]] * 2), np.array([[25, 15, 0, 0]] * 2)
@@ -58,7 +58,8 @@ def test_a_candidate_that_is_overrated_is_found_out():
     choice = chooser.choose(SKEWED, HOMES, truth)
     assert (choice.planner, choice.exchange) == ("exact", DEDUP)
     known = {c.pair: (c.predicted_ms, c.expected_ms) for c in chooser.review}
-    assert known["exact", CHUNKED] == pytest.approx((47, 65))
+    # Measured 65 each time, and yet a call aside: believed by nine parts of ten. In chunks, the doubt comes on top.
+    assert known["exact", CHUNKED] == pytest.approx((47, 47 * (65 / 47) ** 0.9 * 1.019), rel=1e-3)
     assert known["exact", DEDUP] == pytest.approx((51, 51))
     # Never tried, since `exact` is so much cheaper: as far from its price as the others in the median.
     assert known["static", DEDUP] == pytest.approx((86, 86))
@@ -110,20 +111,31 @@ def test_a_run_off_drops_who_falls_behind():
 
 def test_noise_is_measured_longer_and_believed_less():
     noise = np.random.default_rng(0)
-    pace = {FLAT: 10.0, DEDUP: 10.1}
+    pace = {FLAT: 10.0, DEDUP: 10.1, CHUNKED: 9.9}
     runs = run_off(
         [Choice(PLAN, exchange, "static") for exchange in pace],
-        lambda c: pace[c.exchange] * (1 + 0.1 * noise.uniform(-1, 1)),
+        lambda c: pace[c.exchange] * (1 + 0.05 * noise.uniform(-1, 1)),
     )
     assert max(len(ms) for ms in runs) > 4
     experience, flat, dedup = Experience(), ("static", FLAT), ("static", DEDUP)
     prices = {flat: 10.0, dedup: 10.0}
-    experience.learn(1.0, prices, {flat: [9.0, 12.0, 8.0, 10.0, 10.0], dedup: [9.0, 10.0, 7.0, 9.0, 9.0]})
+    experience.learn(1.0, prices, {flat: [9.0, 12.0, 8.0, 10.0, 10.0], dedup: [9.0, 8.0, 10.0, 9.0, 9.0]})
     assert experience.correction(1.0, dedup) > 0.91
     experience.learn(1.0, prices, {flat: [12.0, 10.0, 10.0, 10.0], dedup: [12.0, 9.0, 9.0, 9.0]})
-    assert experience.correction(1.0, dedup) == pytest.approx(0.9)
-    assert experience.correction(1.0, flat) == pytest.approx(1.0)
+    assert experience.correction(1.0, dedup) == pytest.approx(0.95 * (0.9 / 0.95) ** 0.9)
+    assert experience.correction(1.0, flat) == pytest.approx(0.95 * (1 / 0.95) ** 0.9)
     assert experience.correction(3.0, dedup) == 1.0
+
+
+def test_what_slows_a_whole_turn_is_taken_out():
+    slow = [3.0, 2.0, 1.0, 1.0, 1.4]
+    pace = {10.0: 5, 11.0: 5, 12.0: 2}
+    level = levelled([[ms * slow[turn] for turn in range(turns)] for ms, turns in pace.items()])
+    for ms, runs, turns in zip(pace, level, pace.values(), strict=True):
+        assert len(runs) == turns
+        # Of 1, 1, 1.4 and 2, a typical turn is 1.2.
+        assert runs == pytest.approx([1.2 * ms] * turns)
+    assert levelled([[5.0, 6.0], [9.0]]) == [[5.0, 6.0], [9.0]]
 
 
 def test_contenders_are_the_best_of_each_kind():

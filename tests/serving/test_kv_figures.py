@@ -18,13 +18,13 @@ def figures(**settings):
     return kv_figures(SHAPE, "bfloat16", EngineSettings(**settings), 4096, 2 * GIB)
 
 
-def test_chains_are_counted_with_their_scales_and_open_pages():
+def test_chains_are_counted_with_their_scales_and_open_pages_beside():
     # 8 layers x 4 heads x 2 x 64 numbers of 2 bytes, and 256 pages a chain.
-    assert figures() == ("bfloat16", None, 8192.0, 2 * GIB // (4096 * 8192))
+    assert figures() == ("bfloat16", None, 8192.0, 64, 0.0)
     coded = figures(kv_dtype="int8")
-    assert coded.bytes_per_token == 4096 + 8 * 4 * (64 + 16) * 2 / 16
-    assert coded.chains == 2 * GIB // (256 * SHAPE.page_bytes("int8") + 2 * SHAPE.page_bytes("bfloat16"))
-    assert figures(kv_dtype="int4").bytes_per_token < coded.bytes_per_token * 0.65
+    assert coded.bytes_per_token == 4096
+    assert (coded.chains, coded.open_mib) == (128, 128 * 2 * 16 * 8192 / (1 << 20))
+    assert figures(kv_dtype="int4").bytes_per_token == 2048 + 8 * 4 * (64 + 16) * 4 / 16
 
 
 def test_evicted_chains_take_their_budget():

@@ -55,13 +55,24 @@ def test_codes_are_within_half_a_step_of_the_numbers(source, kind):
     keys, values, coded_keys, coded_values = quantised(SHAPE, source, kind, numbers)
     for true, coded in ((keys, coded_keys), (values, coded_values)):
         if kind == "int8":
-            step = true.abs().amax(-1, keepdim=True) / 127
+            # Scales are an eighth of an octave apart, and a line's first eight codes carry a bit of theirs.
+            step = 2**0.125 * true.abs().amax(-1, keepdim=True) / 127
+            most = step * torch.where(torch.arange(true.shape[-1]) < 8, 1.0, 0.5)
         else:
+            # bf16 scales and zeros have 8 bits: the scale is up to 2^-7 larger, the zero 2^-8 of itself off.
             step = (true.amax(-1, keepdim=True) - true.amin(-1, keepdim=True)) / 15
-        # bf16 scales and zeros have 8 bits: the scale is up to 2^-7 larger, the zero 2^-8 of itself off.
-        rounding = true.amin(-1, keepdim=True).abs() * 2**-8 if kind == "int4" else 0.0
-        assert bool(((true - coded).abs() <= step * (0.5 + 2**-6) + rounding + 1e-6).all())
+            most = step * (0.5 + 2**-6) + true.amin(-1, keepdim=True).abs() * 2**-8
+        assert bool(((true - coded).abs() <= most * (1 + 1e-5) + 1e-6).all())
         assert (true - coded).abs().max() > 0
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-7, 1e-3, 1.0, 6e4, 1e6])
+def test_int8_holds_numbers_of_every_size(size):
+    numbers = torch.linspace(-size, size, 2 * PAGE * SHAPE.dim).repeat(SHAPE.layers, SHAPE.heads, 1)
+    keys, values, coded_keys, coded_values = quantised(SHAPE, "float32", "int8", numbers)
+    for true, coded in ((keys, coded_keys), (values, coded_values)):
+        # Below and above what there are scales for: an absolute error, and the largest number there is.
+        torch.testing.assert_close(coded, true.clamp(-119_000, 119_000), rtol=0, atol=max(3e-7, size / 100))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

@@ -209,4 +209,8 @@ def _savings(policy: Policy, settings: EngineSettings, model: PreTrainedModel) -
     above = None if policy.share == 1 else int(policy.share * CHAIN_TOKENS)
     longer = EngineSettings(kv_dtype=settings.kv_dtype, evict_above=above)
     figures = kv_figures(kv_shape_of(model), "float32", longer, CHAIN_TOKENS, CHAIN_MEMORY)
-    return {"kv_bytes_per_token": figures.bytes_per_token, "chains_4k_in_2_gib": figures.chains}
+    return {
+        "kv_bytes_per_token": figures.bytes_per_token,
+        "chains_4k_in_2_gib": figures.chains,
+        "open_mib": figures.open_mib,
+    }

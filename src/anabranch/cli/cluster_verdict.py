@@ -16,6 +16,8 @@ class Verdict(NamedTuple):
 
     worst_vs_transformers, worst_vs_best_fixed: its time over theirs in the worst cell. median_speedup: over
     cells of max/mean >= 1.5. prediction_error: median of |predicted / measured - 1| over all rows predicted.
+    int8_bytes_ratio: bytes between nodes of transformers' fp32 rows over those in int8, in the worst cell
+    without guests.
     """
 
     cells: int
@@ -24,6 +26,7 @@ class Verdict(NamedTuple):
     skewed_cells: int
     median_speedup: float
     prediction_error: float
+    int8_bytes_ratio: float
 
     def text(self) -> str:
         """For people."""
@@ -31,7 +34,8 @@ class Verdict(NamedTuple):
             f"{self.cells} cells: auto takes at most {self.worst_vs_transformers:.3f} of transformers' time and "
             f"{self.worst_vs_best_fixed:.3f} of the best fixed choice's; median speed-up {self.median_speedup:.2f} "
             f"over {self.skewed_cells} cells of max/mean >= 1.5; predictions err by {self.prediction_error:.1%} "
-            "in the median"
+            f"in the median; rows in int8 move {self.int8_bytes_ratio:.1f} times fewer bytes between nodes than "
+            f"transformers ({self.int8_bytes_ratio / 2:.1f} times, were its rows bf16)"
         )
 
 
@@ -49,6 +53,9 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         skewed_cells=len(skewed),
         median_speedup=float(np.median(skewed)) if skewed else float("nan"),
         prediction_error=float(np.median(errors)),
+        int8_bytes_ratio=min(
+            (c.theirs["inter_bytes"] / c.int8_bytes for c in cells if c.int8_bytes), default=1.0
+        ),
     )
 
 
@@ -83,12 +90,16 @@ def print_explained(rows: Sequence[Row]) -> None:
 
 
 class _Cell(NamedTuple):
-    """One lab and one workload. best: the fastest fixed lossless row; to_best: auto's time over its."""
+    """One lab and one workload. best: the fastest fixed lossless row; to_best: auto's time over its.
+
+    int8_bytes: between nodes, of the row in int8; 0 without one, and where guests' weights travelled besides.
+    """
 
     auto: Row
     theirs: Row
     best: Row
     to_best: float
+    int8_bytes: int
 
 
 def _cells(rows: Sequence[Row]) -> list[_Cell]:
@@ -102,7 +113,8 @@ def _cell(rows: list[Row]) -> _Cell:
     (auto,), (theirs,) = ([r for r in rows if r["policy"] == name] for name in ("auto", "transformers"))
     fixed = [r for r in rows if r["policy"] not in ("auto", "ideal") and r["codec"] == "none"]
     best = min(fixed, key=lambda row: row["step_ms_median"])
-    return _Cell(auto, theirs, best, _to_best(auto, fixed))
+    int8_bytes = sum(row["inter_bytes"] for row in rows if row["codec"] == "int8" and not row["guests"])
+    return _Cell(auto, theirs, best, _to_best(auto, fixed), int8_bytes)
 
 
 def _to_best(auto: Row, fixed: list[Row]) -> float:

@@ -19,6 +19,7 @@ from anabranch.experts.grouped import ExpertsForward
 from anabranch.placement.base import Homes, Planner
 from anabranch.placement.choice import Chooser, Exchange, FixedChoice
 from anabranch.placement.static import StaticPlanner
+from anabranch.placement.trials import levelled
 from anabranch.telemetry.samples import CallSample, Samples
 from anabranch.transport.base import Transport, Wires
 from anabranch.transport.domain import Domain
@@ -76,11 +77,7 @@ class Probe:
                 expert_alone_ms=self.expert_alone(),
                 copy_ms_per_mb=self.copy(),
                 plan_ms={name: self.planning(planner) for name, planner in planners.items()},
-                call_ms=tuple(
-                    CallSample(*exchange, tokens, self.call(transports, exchange, tokens))
-                    for exchange in exchanges
-                    for tokens in self.token_sizes()
-                ),
+                call_ms=self.calls(transports, exchanges),
             )
 
     def token_sizes(self) -> list[int]:
@@ -180,12 +177,30 @@ class Probe:
         counts_RE = np.tile(counts_E, (homes.ranks, 1))
         return self._timed(lambda: planner.plan(counts_RE, homes))
 
-    def call(self, transports: Mapping[str, Transport], exchange: Exchange, tokens: int) -> float:
-        """A whole call of the layer, forward and backward, evenly routed, nothing lent."""
-        return self.layer(FixedChoice(StaticPlanner(), exchange), transports, self._even_ids(tokens))
+    def calls(
+        self, transports: Mapping[str, Transport], exchanges: Sequence[Exchange]
+    ) -> tuple[CallSample, ...]:
+        """Whole calls of the layer, evenly routed, nothing lent, by each exchange. In turns: what else the machine does
+        at times is the same for all, who are compared by these."""
+        kinds = [(exchange, tokens) for exchange in exchanges for tokens in self.token_sizes()]
+        works = [
+            self._call(FixedChoice(StaticPlanner(), exchange), transports, self._even_ids(tokens))
+            for exchange, tokens in kinds
+        ]
+        turns = [[self._once(work) for work in works] for _ in range(REPEATS + 1)]
+        level = levelled([list(times) for times in zip(*turns, strict=True)])
+        return tuple(
+            CallSample(*exchange, tokens, float(np.median(times[1:])))
+            for (exchange, tokens), times in zip(kinds, level, strict=True)
+        )
 
     def layer(self, chooser: Chooser, transports: Mapping[str, Transport], ids_SK: Tensor) -> float:
         """A whole call of the layer with this routing, forward and backward."""
+        return self._timed(self._call(chooser, transports, ids_SK))
+
+    def _call(
+        self, chooser: Chooser, transports: Mapping[str, Transport], ids_SK: Tensor
+    ) -> Callable[[], None]:
         layer = AdaptiveExperts(self.domain.group, self.shape.homes, chooser, transports, self.forward)
         weights_SK = torch.full(ids_SK.shape, 1.0 / self.shape.top_k, device=self.device, requires_grad=True)
         x_SD = self._rows(ids_SK.shape[0])
@@ -194,7 +209,7 @@ class Probe:
             y_SD = layer(self.home, x_SD, ids_SK, weights_SK)
             torch.autograd.grad(y_SD, [x_SD, *self.home], torch.ones_like(y_SD), allow_unused=True)
 
-        return self._timed(step)
+        return step
 
     def _even_ids(self, tokens: int) -> Tensor:
         """K distinct experts for each token, drawn evenly; the same on every run."""

@@ -12,8 +12,10 @@ from anabranch.placement.choice import Choice, Exchange, Trial
 FAR = (1.6, 1.2, 1.1)
 NEAR = 1.06
 # Warm runs of those that are left: more only where their times are not known within SETTLED, a standard error.
-LEAST, MOST = 3, 6
+LEAST, MOST = 3, 8
 SETTLED = 0.015
+# What a call aside tells of one within a step is off by this much, however often it ran.
+ASIDE = 0.02
 # Loads whose max/mean lies within one such factor share what was learnt: errors of prices grow with the skew.
 BAND = 1.5
 # How far prices are off one from another, as a fraction, where no trial told (bench cluster: docs/log.md).
@@ -68,13 +70,16 @@ class Experience:
         self, max_mean: float, predicted_ms: Mapping[Pair, float], runs_ms: Mapping[Pair, Sequence[float]]
     ) -> None:
         """Take in a run-off beside the prices of the pairs that ran in it."""
+        level = dict(zip(runs_ms, levelled(list(runs_ms.values())), strict=True))
         # Those that dropped out early have too few runs to tell their own spread.
-        spreads = [_spread(runs) for runs in runs_ms.values() if len(runs) > LEAST]
+        spreads = [_spread(runs) for runs in level.values() if len(runs) > LEAST]
         spread = median(spreads) if spreads else PRICE_ERROR
-        for pair, runs in runs_ms.items():
-            ratio = _typical(runs) / max(predicted_ms[pair], 1e-9)
-            self._lessons[_band(max_mean), pair] = Lesson(ratio, spread / math.sqrt(max(1, len(runs) - 1)))
-            self.spent_ms += sum(runs)
+        for pair, runs in level.items():
+            error = math.hypot(ASIDE, spread / math.sqrt(max(1, len(runs) - 1)))
+            self._lessons[_band(max_mean), pair] = Lesson(
+                _typical(runs) / max(predicted_ms[pair], 1e-9), error
+            )
+            self.spent_ms += sum(runs_ms[pair])
 
     def state(self) -> list[list[Any]]:
         """As JSON holds it."""
@@ -96,12 +101,28 @@ def run_off(choices: Sequence[Choice], trial: Trial) -> list[list[float]]:
     for turn in range(MOST + 1):
         for place in racing:
             runs[place].append(trial(choices[place]))
-        limit = min(_typical(runs[place]) for place in racing) * (FAR[turn] if turn < len(FAR) else NEAR)
-        racing = [place for place in racing if _typical(runs[place]) <= limit]
-        settled = turn >= LEAST and all(_spread(runs[place]) < SETTLED * math.sqrt(turn) for place in racing)
+        level = dict(zip(racing, levelled([runs[place] for place in racing]), strict=True))
+        limit = min(map(_typical, level.values())) * (FAR[turn] if turn < len(FAR) else NEAR)
+        racing = [place for place in racing if _typical(level[place]) <= limit]
+        settled = turn >= LEAST and all(_spread(level[place]) < SETTLED * math.sqrt(turn) for place in racing)
         if settled or (len(racing) == 1 and turn > 0):
             break
     return runs
+
+
+def levelled(runs_ms: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Times of several things done in turns, each over how slow its turn was on a machine that others use too.
+
+    A turn's slowness is that of those that took part in all turns, beside their own medians; of fewer than two of
+    them nothing can be told, and times are left as they are.
+    """
+    turns = max(map(len, runs_ms))
+    lasting = [runs for runs in runs_ms if len(runs) == turns]
+    if len(lasting) < 2:
+        return [list(runs) for runs in runs_ms]
+    usual = [_typical(runs) for runs in lasting]
+    slow = [median(runs[turn] / u for runs, u in zip(lasting, usual, strict=True)) for turn in range(turns)]
+    return [[ms / slow[turn] for turn, ms in enumerate(runs)] for runs in runs_ms]
 
 
 def contenders(priced_ms: Mapping[Pair, float], within: float, most: int) -> list[Pair]:

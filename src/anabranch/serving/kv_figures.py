@@ -14,18 +14,20 @@ from anabranch.serving.pools import KvShape
 from anabranch.serving.settings import EngineSettings
 
 GIB = 1 << 30
+MIB = 1 << 20
 # A chain's open pages, where pages are kept otherwise than they are written: as many as the engine sets aside.
 OPEN_PAGES = 2
 
 
 class KvFigures(NamedTuple):
     """bytes_per_token: of a token that stays. chains: of so many tokens as were asked for that fit in the memory
-    that was given, weights apart."""
+    that was given, as `kv_memory_mib` counts it: weights apart, and the pages still being written, open_mib of them."""
 
     kv_dtype: str
     evict_above: int | None
     bytes_per_token: float
     chains: int
+    open_mib: float
 
 
 def kv_figures(
@@ -35,8 +37,9 @@ def kv_figures(
     kind = settings.kv_dtype or dtype
     page_bytes = shape.page_bytes(kind)
     held = tokens if settings.evict_above is None else min(tokens, settings.evict_above)
-    chain_bytes = pages_of(held) * page_bytes + (0 if kind == dtype else OPEN_PAGES * shape.page_bytes(dtype))
-    return KvFigures(kind, settings.evict_above, page_bytes / PAGE, memory_bytes // chain_bytes)
+    chains = memory_bytes // (pages_of(held) * page_bytes)
+    open_bytes = 0 if kind == dtype else chains * OPEN_PAGES * shape.page_bytes(dtype)
+    return KvFigures(kind, settings.evict_above, page_bytes / PAGE, chains, open_bytes / MIB)
 
 
 class Solved(NamedTuple):

@@ -30,7 +30,7 @@ class KvShape:
         one = {
             "float32": 4 * numbers,
             "bfloat16": 2 * numbers,
-            "int8": numbers + 2 * lines,
+            "int8": numbers,
             "int4": numbers // 2 + 4 * lines,
         }
         return self.layers * self.heads * one[kind]
@@ -68,15 +68,19 @@ def decode(shape: KvShape, kind: str, raw_PB: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = raw.view(getattr(torch, kind)).float().split(numbers, -1)
         return keys.unflatten(-1, (dim, PAGE)), values.unflatten(-1, (PAGE, dim))
     if kind == "int8":
-        keys, values = raw[..., : 2 * numbers].view(torch.int8).float().split(numbers, -1)
-        key_scale, value_scale = raw[..., 2 * numbers :].view(torch.bfloat16).float().split([dim, PAGE], -1)
-        keys, values = keys.unflatten(-1, (dim, PAGE)), values.unflatten(-1, (PAGE, dim))
-        return keys * key_scale[..., None], values * value_scale[..., None]
+        keys, values = raw.view(torch.int8).split(numbers, -1)
+        return _scaled(keys.unflatten(-1, (dim, PAGE))), _scaled(values.unflatten(-1, (PAGE, dim)))
     keys, values = (
         _split(part, n) for part, n in zip(raw[..., :numbers].chunk(2, -1), (PAGE, dim), strict=True)
     )
     lines = raw[..., numbers:].view(torch.bfloat16).float().unsqueeze(-1).split([dim, dim, PAGE, PAGE], -2)
     return lines[1] + lines[0] * keys, lines[3] + lines[2] * values
+
+
+def _scaled(codes: Tensor) -> Tensor:
+    """Lines of int8 codes, each times its scale; bit i of which is in code i."""
+    place = ((codes[..., :8] & 1).int() << torch.arange(8)).sum(-1, keepdim=True)
+    return codes.float() * torch.exp2(place / 8 - 22)
 
 
 def _split(codes: Tensor, line: int) -> Tensor:

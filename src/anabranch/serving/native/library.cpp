@@ -29,8 +29,8 @@ struct Handle {
     std::function<int(const AnabranchRows&)> run;
 };
 
-// One line of numbers as codes: in int8 number = scale * code, in int4 zero + scale * code. Codes are of the rounded
-// scale and zero, the scale rounded up, so that the largest number has a code.
+// One line of numbers as codes, in int4: number = zero + scale * code. Codes are of the rounded scale and zero, the
+// scale rounded up, so that the largest number has a code.
 struct Coded {
     bf16 scale, zero;
 };
@@ -42,14 +42,21 @@ inline bf16 at_least(float value) {
     return rounded;
 }
 
+// One line of n numbers in int8, the smallest scale at which all have a code in it: see scale_of. The first eight
+// codes are the nearest of those that are even or odd as the scale wants it.
 template <class T>
-Coded code8(const T* from, int n, int8_t* to) {
+void code8(const T* from, int n, int8_t* to) {
     float most = 0.0f;
     for (int i = 0; i < n; ++i) most = std::max(most, std::fabs(widen(from[i])));
-    const Coded coded{at_least(most / 127.0f), {}};
-    const float inverse = most > 0.0f ? 1.0f / widen(coded.scale) : 0.0f;
-    for (int i = 0; i < n; ++i) to[i] = static_cast<int8_t>(std::lrint(widen(from[i]) * inverse));
-    return coded;
+    const auto place = std::lower_bound(SCALES.begin(), SCALES.end() - 1, most / 127.0f);
+    const auto bits = static_cast<int>(place - SCALES.begin());
+    const float inverse = 1.0f / *place;
+    for (int i = 0; i < n; ++i) {
+        const float wanted = std::clamp(widen(from[i]) * inverse, -127.0f, 127.0f);
+        const auto bit = i < 8 ? bits >> i & 1 : 0;
+        const auto nearest = i < 8 ? 2 * std::lrint((wanted - bit) / 2) + bit : std::lrint(wanted);
+        to[i] = static_cast<int8_t>(nearest > 127 ? 126 : nearest);
+    }
 }
 
 template <class T>
@@ -71,12 +78,10 @@ Coded code4(const T* from, int n, uint8_t* to) {
 
 template <class T>
 void quantise_int8(const T* keys, uint8_t* to, int dim) {
-    const T* values = keys + int64_t{PAGE} * dim;
     auto* codes = reinterpret_cast<int8_t*>(to);
-    auto* scale = reinterpret_cast<bf16*>(to + 2 * int64_t{PAGE} * dim);
-    for (int d = 0; d < dim; ++d) scale[d] = code8(keys + d * PAGE, PAGE, codes + d * PAGE).scale;
-    for (int t = 0; t < PAGE; ++t)
-        scale[dim + t] = code8(values + t * dim, dim, codes + (PAGE + t) * int64_t{dim}).scale;
+    for (int d = 0; d < dim; ++d) code8(keys + d * PAGE, PAGE, codes + d * PAGE);
+    const int64_t values = int64_t{PAGE} * dim;
+    for (int t = 0; t < PAGE; ++t) code8(keys + values + t * dim, dim, codes + values + t * dim);
 }
 
 template <class T>

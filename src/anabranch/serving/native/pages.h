@@ -1,12 +1,15 @@
 // Keys and values in pages of 16 tokens, and attention over them.
 //
 // A page holds, for each layer and key-value head, keys as [head_dim][16] (a register is one channel of all tokens:
-// scores need no sum across lanes) and values as [16][head_dim]. In int8 a key channel has one scale a page and a
-// value one scale a token; in int4 both have a zero besides (number = zero + scale * code). Scales and zeros are bf16
-// and folded into what they are multiplied with: no number is restored. A byte of int4 holds two neighbouring
-// channels of a key (the even one in its low half), or two neighbouring tokens of a value.
+// scores need no sum across lanes) and values as [16][head_dim]. In int8 a line of these, a key's channel or a token's
+// value, has a scale, kept in the lowest bits of its first eight codes: an int8 page is half a bf16 one to the byte. In
+// int4 a line has a bf16 scale and zero beside its codes (number = zero + scale * code). Both are folded into what they
+// are multiplied with: no number is restored. A byte of int4 holds two neighbouring channels of a key (the even one in
+// its low half), or two neighbouring tokens of a value.
 #pragma once
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <vector>
 
 #include "vector.h"
@@ -30,7 +33,7 @@ struct PageShape {
     int64_t head_bytes(Format format) const {
         if (format == KV_F32) return 2 * numbers() * 4;
         if (format == KV_BF16) return 2 * numbers() * 2;
-        if (format == KV_INT8) return 2 * numbers() + (dim + PAGE) * 2;
+        if (format == KV_INT8) return 2 * numbers();
         return numbers() + (dim + PAGE) * 4;
     }
     int64_t layer_bytes(Format format) const { return heads * head_bytes(format); }
@@ -63,6 +66,22 @@ inline void write_token(Format format, uint8_t* page, int slot, int dim, const f
                      : write_token<bf16>(page, slot, dim, key, value);
 }
 
+// What the scale of an int8 line may be: steps of an eighth of an octave, for numbers up to 119,000.
+inline const std::array<float, 256> SCALES = [] {
+    std::array<float, 256> made;
+    for (int i = 0; i < 256; ++i) made[i] = std::exp2(i / 8.0f - 22.0f);
+    return made;
+}();
+
+// Of an int8 line: bit i of the scale's place in SCALES is the lowest bit of code i. The product moves them together.
+inline float scale_of(const int8_t* line) {
+    uint64_t codes;
+    std::memcpy(&codes, line, sizeof codes);
+    return SCALES[(codes & 0x0101010101010101) * 0x0102040810204080 >> 56];
+}
+
+constexpr const bf16* NONE = nullptr;
+
 // Channels d and d + 1 of all tokens of a page.
 template <class T>
 inline void load_pair(const T* keys, int d, f32x16& even, f32x16& odd) {
@@ -82,8 +101,8 @@ inline float dot(const float* a, const T* b, int n) {
 }
 
 // Scores of G queries against a page's 16 keys. scale, zero: of each channel, null where there is none.
-template <int G, class T>
-inline void scores_of(const T* keys, const bf16* scale, const bf16* zero, int dim, const float* query, float* scores,
+template <int G, class T, class S>
+inline void scores_of(const T* keys, const S* scale, const bf16* zero, int dim, const float* query, float* scores,
                       int64_t score_stride) {
     f32x16 even[G] = {}, odd[G] = {};
     for (int d = 0; d < dim; d += 2) {
@@ -101,8 +120,8 @@ inline void scores_of(const T* keys, const bf16* scale, const bf16* zero, int di
     }
 }
 
-template <class T>
-inline void page_scores(const T* keys, const bf16* scale, const bf16* zero, int dim, int group, const float* query,
+template <class T, class S>
+inline void page_scores(const T* keys, const S* scale, const bf16* zero, int dim, int group, const float* query,
                         float* scores, int64_t stride) {
     int g = 0;
     for (; g + 2 <= group; g += 2)
@@ -143,8 +162,8 @@ inline void add_values(const int4x2* values, int dim, int, const float (*weights
         for (int j = 0; j < WIDTH; ++j) store(out + g * dim + j * LANES, sums[g][j]);
 }
 
-template <int G, class T>
-inline void values_of(const T* values, const bf16* scale, const bf16* zero, int dim, int tokens, const float* weights,
+template <int G, class T, class S>
+inline void values_of(const T* values, const S* scale, const bf16* zero, int dim, int tokens, const float* weights,
                       int64_t weight_stride, float* out) {
     float scaled[G][PAGE], shift[G] = {};
     for (int g = 0; g < G; ++g) {
@@ -157,8 +176,8 @@ inline void values_of(const T* values, const bf16* scale, const bf16* zero, int 
     for (; d < dim; d += LANES) add_values<G, 1>(values + d, dim, tokens, scaled, shift, out + d);
 }
 
-template <class T>
-inline void page_values(const T* values, const bf16* scale, const bf16* zero, int dim, int tokens, int group,
+template <class T, class S>
+inline void page_values(const T* values, const S* scale, const bf16* zero, int dim, int tokens, int group,
                         const float* weights, int64_t stride, float* out) {
     int g = 0;
     for (; g + 2 <= group; g += 2)
@@ -187,26 +206,28 @@ inline void softmax(float* scores, int length) {
 }
 
 // Attention of one token's G queries (of one key-value head, already scaled) over `length` cached tokens.
-// scratch: group x padded length. mass: where given, this page's share of the weights is added to mass[page].
+// scratch: group x padded length, and a page's scales. mass: where given, this page's share of the weights is added to mass[page].
 inline void attend(const Pools& pools, const PageShape& shape, const int32_t* table, int length, int layer, int head,
                    int group, const float* query, float* out, std::vector<float>& scratch, float* mass) {
     const int dim = shape.dim, pages = (length + PAGE - 1) / PAGE;
     const int64_t stride = int64_t{pages} * PAGE;
-    if (static_cast<int64_t>(scratch.size()) < group * stride) scratch.resize(group * stride * 2);
-    float* scores = scratch.data();
+    const int64_t needed = std::max(dim, PAGE) + group * stride;
+    if (static_cast<int64_t>(scratch.size()) < needed) scratch.resize(2 * needed);
+    float *scale8 = scratch.data(), *scores = scale8 + std::max(dim, PAGE);
     for (int p = 0; p < pages; ++p) {
         const uint8_t* page = pools.head(shape, table[p], layer, head);
         float* at = scores + p * PAGE;
         switch (table[p] >> FORMAT_SHIFT) {
             case KV_F32:
-                page_scores(reinterpret_cast<const float*>(page), nullptr, nullptr, dim, group, query, at, stride);
+                page_scores(reinterpret_cast<const float*>(page), NONE, NONE, dim, group, query, at, stride);
                 break;
             case KV_BF16:
-                page_scores(reinterpret_cast<const bf16*>(page), nullptr, nullptr, dim, group, query, at, stride);
+                page_scores(reinterpret_cast<const bf16*>(page), NONE, NONE, dim, group, query, at, stride);
                 break;
             case KV_INT8: {
-                const auto* scale = reinterpret_cast<const bf16*>(page + 2 * shape.numbers());
-                page_scores(reinterpret_cast<const int8_t*>(page), scale, nullptr, dim, group, query, at, stride);
+                const auto* keys = reinterpret_cast<const int8_t*>(page);
+                for (int d = 0; d < dim; ++d) scale8[d] = scale_of(keys + d * PAGE);
+                page_scores(keys, scale8, NONE, dim, group, query, at, stride);
                 break;
             }
             default: {
@@ -223,17 +244,17 @@ inline void attend(const Pools& pools, const PageShape& shape, const int32_t* ta
         const float* at = scores + p * PAGE;
         switch (table[p] >> FORMAT_SHIFT) {
             case KV_F32:
-                page_values(reinterpret_cast<const float*>(page) + shape.numbers(), nullptr, nullptr, dim, tokens,
+                page_values(reinterpret_cast<const float*>(page) + shape.numbers(), NONE, NONE, dim, tokens,
                             group, at, stride, out);
                 break;
             case KV_BF16:
-                page_values(reinterpret_cast<const bf16*>(page) + shape.numbers(), nullptr, nullptr, dim, tokens,
+                page_values(reinterpret_cast<const bf16*>(page) + shape.numbers(), NONE, NONE, dim, tokens,
                             group, at, stride, out);
                 break;
             case KV_INT8: {
-                const auto* scale = reinterpret_cast<const bf16*>(page + 2 * shape.numbers()) + dim;
-                page_values(reinterpret_cast<const int8_t*>(page) + shape.numbers(), scale, nullptr, dim, tokens,
-                            group, at, stride, out);
+                const auto* values = reinterpret_cast<const int8_t*>(page) + shape.numbers();
+                for (int t = 0; t < PAGE; ++t) scale8[t] = scale_of(values + t * dim);
+                page_values(values, scale8, NONE, dim, tokens, group, at, stride, out);
                 break;
             }
             default: {
