@@ -60,8 +60,8 @@ def test_fixed_choices_take_the_exchange_with_the_fewest_rows(nodes, best):
 def _row(policy, rounds, theirs, workload="W2", **more):
     return {
         "topology": "2x2", "inter_mbit": 200.0, "workload": workload, "policy": policy, "transport": "dedup",
-        "chunks": 1, "codec": "none", "guests": 0.0, "inter_bytes": 1300, "max_mean_before": 2.0, "step_ms_rounds": rounds, "predicted_ms": 110.0,
-        "step_ms_median": float(np.median(rounds)),
+        "chunks": 1, "codec": "none", "guests": 0.0, "inter_bytes": 1300, "max_mean_before": 2.0, "predicted_ms": 110.0,
+        "step_ms_rounds": rounds, "step_ms_median": float(np.median(rounds)),
         "speedup_vs_transformers": float(np.median(np.array(theirs) / np.array(rounds))), **more,
     }  # fmt: skip
 

@@ -16,14 +16,12 @@ from anabranch.cli.bench_generate import Model, bench_generate, require_vllm, tr
 from anabranch.cli.bench_kv import bench_kv, train_tiny
 from anabranch.cli.bench_memory import memory
 from anabranch.cli.bench_planner import bench_planner
-from anabranch.cli.bench_soak import bench_soak
 from anabranch.cli.bench_store import bench_store
 from anabranch.cli.bench_validation import validation
 from anabranch.cli.cluster_book import Book
 from anabranch.cli.cluster_grid import MODEL, Measuring, cases_of_model, full_grid, measure, quick_grid
 from anabranch.cli.cluster_verdict import verdict
-from anabranch.cli.device import quiet
-from anabranch.cli.fail import FAILED, fails_clearly
+from anabranch.cli.fail import fails_clearly
 from anabranch.cli.generate_cases import RANDOM, TRAINED, full_cases, quick_cases, vllm_cases, write_model
 from anabranch.cli.launch import launch
 from anabranch.cli.process import under_torchrun
@@ -134,27 +132,6 @@ def cluster(
 
 
 bench.command()(skew)
-
-
-@bench.command()
-@fails_clearly
-def soak(
-    json_file: JsonFile = None,
-    clients: Annotated[int, typer.Option(min=1, help="at once")] = 500,
-    minutes: Annotated[float, typer.Option(min=0.1, help="of load; starting and resting come on top")] = 10.0,
-) -> None:
-    """Hammer a server on loopback with good and bad clients, kill its worker once; ends with 1 where it fails."""
-    require_json_file(json_file)
-    quiet()
-    with tempfile.TemporaryDirectory(prefix="anabranch-soak-") as folder:
-        row = bench_soak(clients, minutes, Path(folder))
-    write_results(json_file, [row])
-    for name, value in row.items():
-        if name not in ("wrong_answers", "verdict"):
-            typer.echo(f"{name:>16}  {value}")
-    for trouble in row["verdict"]:
-        typer.secho(trouble, fg="red")
-    raise typer.Exit(FAILED if row["verdict"] else 0)
 
 
 @bench.command()

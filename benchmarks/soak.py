@@ -1,4 +1,8 @@
-"""`anabranch bench soak`: a server of its own under many clients, some of which misbehave, and a worker that is killed.
+"""A server of its own under many clients, some of which misbehave, and a worker that is killed:
+
+    python -m benchmarks.soak --clients 500 --minutes 10 --json soak.json
+
+Ends with 1 on a wrong answer, a leaked page, an unclear error or growing memory.
 
 Time is cut in quarters. After each one the clients pause, the server comes to rest, and its pages and memory are
 looked at. In the second quarter the worker is killed.
@@ -13,16 +17,20 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
+from benchmarks.soak_client import Case, Client, Tally, get
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
-from anabranch.cli.fail import RankDiedError
-from anabranch.cli.soak_client import Case, Client, Tally, get
+from anabranch.cli.device import quiet
+from anabranch.cli.fail import FAILED, RankDiedError, fails_clearly
+from anabranch.cli.results import require_json_file, write_results
 from anabranch.scheduling.chain import Request
 from anabranch.serving.engine import Engine
 from anabranch.serving.settings import EngineSettings
@@ -42,13 +50,13 @@ GROWTH, GROWTH_MIB = 0.05, 8
 MIB = 1 << 20
 
 
-def bench_soak(clients: int, minutes: float, folder: Path) -> dict[str, Any]:
+def soak(clients: int, minutes: float, folder: Path) -> dict[str, Any]:
     """One row of what was counted and measured; `verdict` is empty when all is well. folder: for the model."""
     cases = write_model(folder)
     command = [sys.executable, "-m", "anabranch", "serve", str(folder), *OPTIONS]
     with (folder / "server.log").open("w") as log, subprocess.Popen(command, stderr=log) as server:
         try:
-            row = asyncio.run(_soak(clients, minutes * 60, folder / "server.log", server, cases))
+            row = asyncio.run(_load(clients, minutes * 60, folder / "server.log", server, cases))
             server.send_signal(signal.SIGTERM)
             row["exit_status"] = server.wait(REST_S)
         finally:
@@ -117,7 +125,7 @@ def verdict(row: dict[str, Any]) -> list[str]:
     return found
 
 
-async def _soak(
+async def _load(
     clients: int, seconds: float, log: Path, server: subprocess.Popen[bytes], cases: list[Case]
 ) -> dict[str, Any]:
     port = await _port(log, server)
@@ -216,3 +224,27 @@ async def _rest(port: int, crowd: list[Client]) -> dict[str, float]:
         await asyncio.sleep(0.1)
     await asyncio.sleep(1.0)  # an idle worker checks its pages and says so
     return await _metrics(port)
+
+
+@fails_clearly
+def main(
+    json_file: Annotated[Path | None, typer.Option("--json", help="where the row is written")] = None,
+    clients: Annotated[int, typer.Option(min=1, help="at once")] = 500,
+    minutes: Annotated[float, typer.Option(min=0.1, help="of load; starting and resting come on top")] = 10.0,
+) -> None:
+    """Hammer a server on loopback with good and bad clients, kill its worker once; ends with 1 where it fails."""
+    require_json_file(json_file)
+    quiet()
+    with tempfile.TemporaryDirectory(prefix="anabranch-soak-") as folder:
+        row = soak(clients, minutes, Path(folder))
+    write_results(json_file, [row])
+    for name, value in row.items():
+        if name not in ("wrong_answers", "verdict"):
+            typer.echo(f"{name:>16}  {value}")
+    for trouble in row["verdict"]:
+        typer.secho(trouble, fg="red")
+    raise typer.Exit(FAILED if row["verdict"] else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,15 +1,14 @@
-"""`anabranch bench soak`: what it calls a failure, and a short one for real."""
+"""The soak test of the server: what it calls a failure, and a short one for real."""
 
 import asyncio
 import json
 from collections import Counter
 
 import pytest
+import typer
+from benchmarks.soak import main, unexpected, verdict
+from benchmarks.soak_client import get
 from typer.testing import CliRunner
-
-from anabranch.cli.bench_soak import unexpected, verdict
-from anabranch.cli.main import app
-from anabranch.cli.soak_client import get
 
 GOOD = {
     "wrong_answers": [], "leaked_pages": [0, 0, 0, 0, 0], "unexpected": {}, "restarts": 1, "exit_status": 0,
@@ -74,9 +73,9 @@ def test_a_reply_in_pieces_is_joined():
 @pytest.mark.full
 def test_a_short_soak(tmp_path):
     file = tmp_path / "soak.json"
-    result = CliRunner().invoke(
-        app, ["bench", "soak", "--clients", "20", "--minutes", "0.5", "--json", str(file)]
-    )
+    app = typer.Typer()
+    app.command()(main)
+    result = CliRunner().invoke(app, ["--clients", "20", "--minutes", "0.5", "--json", str(file)])
     [row] = json.loads(file.read_text())["rows"]
     assert (result.exit_code, row["verdict"]) == (0, [])
     assert row["right_answers"] > 0 and row["restarts"] == 1
