@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from anabranch.cli.cluster_verdict import verdict
+
 POLICIES = ("transformers", "static", "least_loaded", "exact", "bounded")
 
 
@@ -86,6 +88,39 @@ def published_memory_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cluster_table(result: dict[str, Any]) -> str:
+    """What `auto` does beside transformers and the best fixed choice: a line for each lab, and the whole grid."""
+    lines = [
+        "| nodes x ranks | between nodes, Mbit/s | cells | of transformers' time, worst "
+        "| of the best fixed choice's, worst | speed-up, median where max/mean >= 1.5 | prediction error, median, % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    labs = dict.fromkeys((row["topology"], row["inter_mbit"]) for row in result["rows"])
+    named = {(shape, f"{mbit:,.0f}" if mbit else "unshaped"): (shape, mbit) for shape, mbit in labs}
+    for (shape, link), lab in {**named, ("**all**", ""): None}.items():
+        told = verdict([r for r in result["rows"] if lab in (None, (r["topology"], r["inter_mbit"]))])
+        worst = f"{told.worst_vs_transformers:.2f} | {told.worst_vs_best_fixed:.2f}"
+        lines.append(
+            f"| {shape} | {link} | {told.cells} | {worst} | {told.median_speedup:.2f} | {100 * told.prediction_error:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def codecs_table(result: dict[str, Any]) -> str:
+    """What each wire codec does to the loss after a training, and to one gradient."""
+    lines = [
+        "| there | back | loss, % | 95 % interval, +- | relative error of a gradient |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["summary"]:
+        name = "none, by `all_to_all`" if row["dispatch_wire"] == "none" else row["dispatch_wire"]
+        lines.append(
+            f"| {name} | {row['combine_wire']} | {row['mean_change_percent']:+.2f} | {row['margin_percent']:.2f} | "
+            f"{row['gradient_relative_error']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
 def machine_line(result: dict[str, Any]) -> str:
     """Where a result was measured."""
     m = result["machine"]
@@ -94,6 +129,8 @@ def machine_line(result: dict[str, Any]) -> str:
 
 TABLES = {
     "balance": lambda result: balance_table(result, 2),
+    "cluster": cluster_table,
+    "codecs": codecs_table,
     "planner": planner_table,
     "validation": validation_table,
     "memory": memory_table,

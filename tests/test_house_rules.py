@@ -68,7 +68,14 @@ TEST_HELPERS = {
     "workload/toy_configs.py": "a small config of every family of models",
     "training/starting.py": "a run on a rank, as `anabranch train` starts it",
 }
-TEST_FOLDERS = {"benchmarks", "property", "distributed", "golden", "validation", "faults"}  # all others mirror a room
+TEST_FOLDERS = {
+    "benchmarks",
+    "property",
+    "distributed",
+    "golden",
+    "validation",
+    "faults",
+}  # all others mirror a room
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -51,6 +51,17 @@ def test_the_least_attended_leave_and_among_equals_those_that_are_said_again():
     assert set(leaving(chain, like, chain.held - PAGE)) >= {middle[3], middle[5]}
 
 
+@pytest.mark.parametrize(("prompt", "stays"), [(5 * PAGE - 3, True), (6 * PAGE, True), (6 * PAGE + 1, False)])
+def test_a_prompt_stays_where_the_budget_has_room_for_it(prompt, stays):
+    above = 16 * PAGE  # six of the prompt, four that are recent, and twice the two that leave at once make 14
+    above -= 2 * PAGE if prompt > 5 * PAGE else 0
+    chain = Chain(Request((1,) * prompt), 0, 0, [1] * (above + 1), cached=above)
+    chain.mass = [0.0] * 6 + [1.0] * (pages_of(above) - 6)
+    places = leaving(chain, [0.0] * pages_of(above), above)
+    assert places
+    assert (min(places) >= pages_of(prompt)) is stays
+
+
 def test_a_chain_in_prefill_or_within_its_budget_keeps_all():
     chain = decoding(LEAST)
     assert due(chain, LEAST)

@@ -2,7 +2,8 @@
 
 After R-KV (Cai et al. 2025, arXiv:2505.24133), which ranks tokens by attention drawn from the last queries and by
 likeness of keys, and keeps the later of those that are alike. Here whole pages go, of all layers and heads at once,
-so that pages stay shared and the attended length shrinks.
+so that pages stay shared and the attended length shrinks. A prompt stays, where the budget has room for it: a chain
+looks at a part of the question when that part's turn comes, and until then it draws no attention.
 """
 
 from collections.abc import Sequence
@@ -39,16 +40,28 @@ def due(chain: Chain, above: int) -> bool:
     return chain.remaining == 1 and chain.held >= above
 
 
+def spared(chain: Chain, above: int) -> int:
+    """How many pages at the front never leave: the prompt's, where the budget holds beside them what is recent and
+    twice what leaves at once."""
+    prompt = pages_of(len(chain.request.prompt))
+    return prompt if (prompt + RECENT_PAGES) * PAGE + 2 * _freed(above) <= above else SINK_PAGES
+
+
 def leaving(chain: Chain, likeness: Sequence[float], above: int) -> list[int]:
     """Places of the pages that leave, in order, so that an eighth of `above` tokens is free.
 
     likeness: of each full page, the greatest cosine similarity (at most 1) of its keys to those of a later one.
     """
-    count = pages_of(chain.held - above + max(PAGE, above // 8))
+    count = pages_of(chain.held - above + _freed(above))
     last = chain.held // PAGE - RECENT_PAGES
     most = max(chain.mass, default=0.0) or 1.0
     worth = {
         i: ATTENTION_SHARE * chain.mass[i] / most - (1 - ATTENTION_SHARE) * likeness[i]
-        for i in range(SINK_PAGES, last)
+        for i in range(spared(chain, above), last)
     }
     return sorted(sorted(worth, key=lambda i: (worth[i], i))[:count])
+
+
+def _freed(above: int) -> int:
+    """Tokens that are to be free after pages left."""
+    return max(PAGE, above // 8)

@@ -1,0 +1,112 @@
+"""Ledgers: accounts in any order, worked through one by one, so that a chain is as long as one likes and its answer
+right only where every step is.
+
+A problem reads `a17 4 a203 9 <think>`, its solution `a17 : 4 + 0 = 4 ; a203 : 9 + 4 = 13 ; </think> 13 <eos>`: of each
+account, in the order of the problem, what it holds, the sum so far and the sum with it, of a hundred as on an odometer.
+Every number is one token, and so is every account.
+"""
+
+import random
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig
+
+SPECIAL = ("<pad>", "<eos>", "<think>", "</think>")
+PAD, EOS, THINK, THOUGHT = range(len(SPECIAL))
+SIGNS = (":", "+", "=", ";")
+SUMS, ACCOUNTS = 100, 400
+WORDS = (*SPECIAL, *SIGNS, *map(str, range(SUMS)), *(f"a{i}" for i in range(ACCOUNTS)))
+COLON, PLUS, EQUALS, SEMICOLON = range(len(SPECIAL), len(SPECIAL) + len(SIGNS))
+NUMBER, ACCOUNT = len(SPECIAL) + len(SIGNS), len(SPECIAL) + len(SIGNS) + SUMS
+# Tokens of an account in a problem, and in its solution; and those around them.
+ASKED, WORKED, AROUND = 2, 8, 4
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """accounts: (account, what it holds), each account once."""
+
+    accounts: tuple[tuple[int, int], ...]
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """In tokens."""
+        return (*(t for account, held in self.accounts for t in (ACCOUNT + account, NUMBER + held)), THINK)
+
+    @property
+    def total(self) -> int:
+        return sum(held for _, held in self.accounts) % SUMS
+
+
+def ledgers(seed: int, count: int, accounts: int) -> list[Ledger]:
+    """The problems of seeds `seed` to `seed + count`."""
+    made: list[Ledger] = []
+    for number in range(seed, seed + count):
+        draw = random.Random(number)
+        made.append(Ledger(tuple((a, draw.randrange(10)) for a in draw.sample(range(ACCOUNTS), accounts))))
+    return made
+
+
+def solution(ledger: Ledger) -> list[int]:
+    """The worked solution in tokens."""
+    tokens, total = list[int](), 0
+    for account, held in ledger.accounts:
+        before, total = total, (total + held) % SUMS
+        tokens += [
+            ACCOUNT + account,
+            COLON,
+            NUMBER + held,
+            PLUS,
+            NUMBER + before,
+            EQUALS,
+            NUMBER + total,
+            SEMICOLON,
+        ]
+    return [*tokens, THOUGHT, NUMBER + total, EOS]
+
+
+def solved(ledger: Ledger, tokens: list[int]) -> bool:
+    """Whether what follows the thought is the total."""
+    return tokens[-3:] == [THOUGHT, NUMBER + ledger.total, EOS]
+
+
+def tokens_of(accounts: int) -> int:
+    """Of a whole chain, the problem included."""
+    return accounts * (ASKED + WORKED) + AROUND
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """For `save_pretrained`: the same tokens, and as text."""
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        extra_special_tokens=["<think>", "</think>"],
+    )
+
+
+def model_config() -> Qwen3MoeConfig:
+    """1.8 M parameters, 0.6 M of them at work for a token."""
+    return Qwen3MoeConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,  # pyright: ignore[reportCallIssue] - a dataclass by decorator
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    )

@@ -1,0 +1,60 @@
+"""The recipe that judges KV policies by long chains: its problems, and the whole of it in small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from recipes.ledger import (
+    ACCOUNTS,
+    EOS,
+    NUMBER,
+    SUMS,
+    WORDS,
+    ledgers,
+    model_config,
+    solution,
+    solved,
+    tokens_of,
+)
+from recipes.ledger import tokenizer as ledger_tokenizer
+from transformers import AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def test_worked_solutions_are_right() -> None:
+    for ledger in ledgers(5, 50, 60):
+        worked = solution(ledger)
+        assert len(ledger.prompt) + len(worked) == tokens_of(60)
+        assert solved(ledger, worked)
+        assert not solved(ledger, worked[:-1])
+        assert not solved(ledger, [*worked[:-2], NUMBER + (ledger.total + 1) % SUMS, EOS])
+    assert tokens_of(ACCOUNTS) == 4004
+    assert len(WORDS) <= model_config().vocab_size
+
+
+def test_seeds_do_not_overlap_and_accounts_are_met_once() -> None:
+    first, second = ledgers(0, 2, 300)
+    assert ledgers(1, 1, 300) == [second]
+    assert first != second
+    assert len({account for account, _ in first.accounts}) == 300
+
+
+def test_the_tokenizer_reads_what_the_problems_hold(tmp_path: Path) -> None:
+    ledger_tokenizer().save_pretrained(tmp_path)
+    kept = AutoTokenizer.from_pretrained(tmp_path)
+    (ledger,) = ledgers(5, 1, 3)
+    whole = [*ledger.prompt, *solution(ledger)]
+    assert kept(" ".join(WORDS[token] for token in whole)).input_ids == whole
+
+
+@pytest.mark.full
+def test_the_recipe_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "recipes.long_chains", "--quick", "--out", str(tmp_path / "out")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=280, capture_output=True)
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert rows[1]["chains_in_2_gib"] == 2 * rows[0]["chains_in_2_gib"]
+    assert [row["evicted"] > 0 for row in rows] == [row["share"] < 1 for row in rows]
+    assert all(0 <= row["solve_rate"] <= 1 for row in rows)
