@@ -101,7 +101,8 @@ def cluster_table(result: dict[str, Any]) -> str:
         told = verdict([r for r in result["rows"] if lab in (None, (r["topology"], r["inter_mbit"]))])
         worst = f"{told.worst_vs_transformers:.2f} | {told.worst_vs_best_fixed:.2f}"
         lines.append(
-            f"| {shape} | {link} | {told.cells} | {worst} | {told.median_speedup:.2f} | {100 * told.prediction_error:.1f} |"
+            f"| {shape} | {link} | {told.cells} | {worst} | {told.median_speedup:.2f} | "
+            f"{100 * told.prediction_error:.1f} |"
         )
     return "\n".join(lines)
 
