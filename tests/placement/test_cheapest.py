@@ -84,8 +84,24 @@ def test_chunks_have_to_be_cheaper_by_more_than_prices_err():
         assert chooser.choose(EVEN, HOMES).exchange == wanted
     # A trial without noise takes the doubt away.
     chooser = _chooser(Tariff({DEDUP: 20.0, chunked: 18.2}), exchanges=(DEDUP, chunked))
-    tried = chooser.choose(EVEN, HOMES, lambda choice: 58.0 if choice.exchange == chunked else 60.0)
+    tried = chooser.choose(EVEN, HOMES, lambda choice: 55.0 if choice.exchange == chunked else 60.0)
     assert tried.exchange == chunked
+
+
+def test_what_prices_cannot_tell_apart_is_done_the_simplest_way():
+    for dearer_ms, wanted in ((1.0, FLAT), (4.0, DEDUP)):  # of 43: 2 % and 9 %
+        assert _chooser(Tariff({FLAT: 3.0 + dearer_ms, DEDUP: 3.0})).choose(EVEN, HOMES).exchange == wanted
+    # `exact` lends a guest here, which costs as much as the rows that stay behind without.
+    level = _chooser(Tariff({FLAT: 3}), (FLAT,)).choose(SKEWED, HOMES)
+    home = StaticPlanner().plan(SKEWED, HOMES)
+    assert level.planner == "exact" and level.plan.guests
+    guest_ms = (home.rows_R.max() - level.plan.rows_R.max()) / level.plan.guests
+
+    class DearGuests(Tariff):
+        def call_ms(self, plan, exchange, planner):
+            return float(plan.rows_R.max() + guest_ms * plan.guests) - (planner == "exact")
+
+    assert _chooser(DearGuests({}), (FLAT,)).choose(SKEWED, HOMES).planner == "static"
 
 
 def test_a_plan_without_guests_is_priced_once():

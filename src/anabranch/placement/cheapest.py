@@ -51,9 +51,10 @@ class CheapestChoice:
 
     A review prices every planner's plan with every exchange on the exact counts at hand. Where the cheapest pair has
     not been tried under such a load, it and the other `contenders` do the call at hand a few times; what they took
-    corrects their prices from then on (`Experience`). The kept pair gives way only to one that is cheaper by more
-    than `hysteresis`, a fraction: prices are predictions, and changing to and fro gains nothing. Between reviews
-    only the kept planner runs.
+    corrects their prices from then on (`Experience`). The kept pair gives way only where one is cheaper by more than
+    `hysteresis`, a fraction: prices are predictions, and changing to and fro gains nothing. For the same reason it
+    gives way to the simplest of those within that fraction of the cheapest: fewer guests win such ties when they
+    are measured (docs/log.md). Between reviews only the kept planner runs.
 
     Reviews come every `review_every` calls, and early when rank max/mean of the homes' load has moved by more than
     DRIFT since the last one: prices follow the load. An early review that changes nothing doubles the calls until
@@ -73,7 +74,7 @@ class CheapestChoice:
         review_every: int = 16,
         experience: Experience | None = None,
     ) -> None:
-        """planners: by the name that prices know them by; of two with equal prices the first is chosen.
+        """planners: by the name that prices know them by. exchanges: the simplest first.
         experience: shared with other layers of the same prices; its own without one.
 
         Raises ConfigError naming the setting that is empty or out of range.
@@ -150,12 +151,17 @@ class CheapestChoice:
                 break
             assert trial is not None
             self._try(plans, max_mean, trial)
-        best = self._cheapest()
-        kept = next((c for c in self.review if c.pair == self._kept), best)
-        if best.expected_ms >= kept.expected_ms * (1.0 - self.hysteresis):
-            best = kept
+        best = self._best()
         self._kept = best.pair
         return Choice(plans[best.planner], best.exchange, best.planner)
+
+    def _best(self) -> Candidate:
+        """The kept pair while none is cheaper by more than `hysteresis`; else, of those so near the cheapest, the one
+        that lends the fewest guests by the simplest exchange."""
+        limit = self._cheapest().expected_ms
+        near = [c for c in self.review if c.expected_ms * (1.0 - self.hysteresis) <= limit]
+        simplest = min(near, key=lambda c: (c.guests, c.exchange.chunks, self.exchanges.index(c.exchange)))
+        return next((c for c in near if c.pair == self._kept), simplest)
 
     def _cheapest(self) -> Candidate:
         return min(self.review, key=lambda candidate: candidate.expected_ms)
