@@ -9,14 +9,12 @@ from itertools import pairwise
 from typing import Any
 
 import reasoning_gym
-from tokenizers import Regex, Tokenizer
+from recipes.tiny import EOS, SPECIAL, THINK, THOUGHT, moe_config, word_tokenizer
+from tokenizers import Regex
 from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig
 
-SPECIAL = ("<pad>", "<eos>", "<think>", "</think>")
-PAD, EOS, THINK, THOUGHT = range(len(SPECIAL))
 CHARACTERS = "0123456789+-=;"
 MAX_NEW_TOKENS = 40
 # As reasoning-gym's settings; a seed's problem i is that of seed + i, so ranges of seeds must not overlap.
@@ -72,38 +70,12 @@ def encode(text: str) -> list[int]:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """For `save_pretrained`: the same tokens as `encode`, and as text."""
-    words = {word: i for i, word in enumerate((*SPECIAL, *CHARACTERS))}
-    inner = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = Split(Regex("."), "isolated")
-    inner.decoder = Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        extra_special_tokens=["<think>", "</think>"],
-    )
+    return word_tokenizer((*SPECIAL, *CHARACTERS), Split(Regex("."), "isolated"), Fuse())
 
 
 def model_config() -> Qwen3MoeConfig:
     """1.3 M parameters, 0.4 M of them at work for a token."""
-    return Qwen3MoeConfig(
-        vocab_size=32,
-        hidden_size=128,
-        intermediate_size=256,
-        moe_intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,  # pyright: ignore[reportCallIssue] - a dataclass by decorator
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=None,
-    )
+    return moe_config(32, 3, 256)
 
 
 def _prompt(entry: dict[str, Any]) -> tuple[int, ...]:

@@ -9,13 +9,10 @@ Every number is one token, and so is every account.
 import random
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from recipes.tiny import EOS, SPECIAL, THINK, THOUGHT, moe_config, word_tokenizer
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig
 
-SPECIAL = ("<pad>", "<eos>", "<think>", "</think>")
-PAD, EOS, THINK, THOUGHT = range(len(SPECIAL))
 SIGNS = (":", "+", "=", ";")
 SUMS, ACCOUNTS = 100, 400
 WORDS = (*SPECIAL, *SIGNS, *map(str, range(SUMS)), *(f"a{i}" for i in range(ACCOUNTS)))
@@ -69,8 +66,9 @@ def solution(ledger: Ledger) -> list[int]:
 
 
 def solved(ledger: Ledger, tokens: list[int]) -> bool:
-    """Whether what follows the thought is the total."""
-    return tokens[-3:] == [THOUGHT, NUMBER + ledger.total, EOS]
+    """Whether what follows the thought is the total. What follows the first end is not read."""
+    ended = tokens[: tokens.index(EOS) + 1] if EOS in tokens else []
+    return ended[-3:] == [THOUGHT, NUMBER + ledger.total, EOS]
 
 
 def tokens_of(accounts: int) -> int:
@@ -80,33 +78,9 @@ def tokens_of(accounts: int) -> int:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """For `save_pretrained`: the same tokens, and as text."""
-    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    inner.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        extra_special_tokens=["<think>", "</think>"],
-    )
+    return word_tokenizer(WORDS, WhitespaceSplit())
 
 
 def model_config() -> Qwen3MoeConfig:
     """1.8 M parameters, 0.6 M of them at work for a token."""
-    return Qwen3MoeConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        moe_intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,  # pyright: ignore[reportCallIssue] - a dataclass by decorator
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=None,
-    )
+    return moe_config(512, 4, 8192)

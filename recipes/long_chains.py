@@ -9,7 +9,6 @@ runs/long_chains/model is a folder that `Engine` and transformers load.
 """
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,15 +16,15 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from recipes.ledger import EOS, Ledger, ledgers, model_config, solution, solved, tokenizer, tokens_of
-from recipes.stages import descend, machine, stage
+from recipes.ledger import Ledger, ledgers, model_config, solution, solved, tokenizer, tokens_of
+from recipes.stages import descend, interruptible, machine, stage
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from anabranch.cli.bench_kv import Policy
 from anabranch.scheduling.chain import Request
-from anabranch.scheduling.eviction import LEAST
 from anabranch.scheduling.scheduler import Limits
 from anabranch.serving.kv_figures import Solved, solve_rate
 from anabranch.serving.settings import EngineSettings
@@ -60,14 +59,6 @@ class Sizes:
 QUICK = Sizes(lessons=(Lesson(60, 16, 16), Lesson(20, 20, 16)), judged=8)
 
 
-class Policy(NamedTuple):
-    """share: of a chain's tokens that stay; 1 for all."""
-
-    name: str
-    kv_dtype: str
-    share: float = 1.0
-
-
 POLICIES = (
     Policy("bf16", "bfloat16"),
     Policy("int8", "int8"),
@@ -97,9 +88,8 @@ def train(folder: Path, model: PreTrainedModel, sizes: Sizes, resume: bool) -> l
 def judge(model: PreTrainedModel, sizes: Sizes, policy: Policy) -> Solved:
     """Greedy samples of problems that training never saw, weights and activations in bf16 under every policy."""
     tokens = tokens_of(sizes.accounts)
-    above = None if policy.share == 1 else max(LEAST, int(policy.share * tokens))
     settings = EngineSettings(
-        dtype="bfloat16", kv_dtype=policy.kv_dtype, evict_above=above, kv_memory_mib=512, step="native",
+        dtype="bfloat16", kv_dtype=policy.kv_dtype, evict_above=policy.above(tokens), kv_memory_mib=512, step="native",
         threads=torch.get_num_threads(), limits=Limits(sizes.slots, tokens=tokens + 16),
     )  # fmt: skip
     asked = ledgers(JUDGED, sizes.judged, sizes.accounts)
@@ -107,8 +97,8 @@ def judge(model: PreTrainedModel, sizes: Sizes, policy: Policy) -> Solved:
 
 
 def _request(ledger: Ledger) -> Request:
-    # Room for a few tokens too many: who has not ended by then is lost.
-    return Request(ledger.prompt, len(solution(ledger)) + 8, stop_tokens=frozenset({EOS}))
+    # No chain stops before its length: all policies are asked for the same tokens, whatever the model has learnt.
+    return Request(ledger.prompt, len(solution(ledger)))
 
 
 def row_of(policy: Policy, told: Solved, sizes: Sizes) -> dict[str, Any]:
@@ -145,17 +135,11 @@ def main(
     """Train a tiny MoE on worked ledgers and judge it under every KV policy."""
     disable_progress_bar()  # of saving; ours is the stage's
     sizes = QUICK if quick else Sizes()
-    if not resume:
-        shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config())
-    try:
+    with interruptible(out, resume):
         learnt = train(out / "model", model, sizes, resume)
         rows = [row_of(policy, judge(model, sizes, policy), sizes) for policy in POLICIES]
-    except KeyboardInterrupt:
-        Console().print(f"Stopped. The last checkpoint is kept in {out}; --resume goes on from there.")
-        raise typer.Exit(130) from None
     report = {
         "machine": machine(),
         "sizes": asdict(sizes),

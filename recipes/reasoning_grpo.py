@@ -10,7 +10,6 @@ runs/reasoning/pretrained and runs/reasoning/grpo are folders that `Engine` and 
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -33,7 +32,7 @@ from recipes.arithmetic import (
     solved,
     tokenizer,
 )  # fmt: skip
-from recipes.stages import descend, machine, stage
+from recipes.stages import descend, interruptible, machine, stage
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -267,18 +266,12 @@ def main(
     """Pretrain a tiny MoE on worked sums, improve it by GRPO, and report both."""
     disable_progress_bar()  # of saving; ours are by stage
     sizes = QUICK if quick else Sizes()
-    if not resume:
-        shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config())
-    try:
+    with interruptible(out, resume):
         learnt = pretrain(out / "pretrained", model, sizes, resume)
         before = judge(model, sizes)
         history = improve(out / "grpo", model, sizes, resume)
-    except KeyboardInterrupt:
-        Console().print(f"Stopped. The last checkpoints are kept in {out}; --resume goes on from there.")
-        raise typer.Exit(130) from None
     report = {
         "machine": machine(),
         "sizes": asdict(sizes),

@@ -4,16 +4,32 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
+from rich.console import Console
 from rich.progress import Progress
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 CHECKPOINT_EVERY = 20
+
+
+@contextmanager
+def interruptible(out: Path, resume: bool) -> Iterator[None]:
+    """A run in the folder `out`, begun anew unless resumed; Ctrl-C ends it with 130 and says what is left."""
+    if not resume:
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except KeyboardInterrupt:
+        Console().print(f"Stopped. The last checkpoints are kept in {out}; --resume goes on from there.")
+        raise typer.Exit(130) from None
 
 
 def stage(

@@ -11,6 +11,7 @@ from recipes.ledger import (
     EOS,
     NUMBER,
     SUMS,
+    THOUGHT,
     WORDS,
     ledgers,
     model_config,
@@ -29,6 +30,7 @@ def test_worked_solutions_are_right() -> None:
         worked = solution(ledger)
         assert len(ledger.prompt) + len(worked) == tokens_of(60)
         assert solved(ledger, worked)
+        assert solved(ledger, [*worked, THOUGHT, EOS]), "what follows its end is not read"
         assert not solved(ledger, worked[:-1])
         assert not solved(ledger, [*worked[:-2], NUMBER + (ledger.total + 1) % SUMS, EOS])
     assert tokens_of(ACCOUNTS) == 4004

@@ -47,6 +47,10 @@ class Policy(NamedTuple):
     kv_dtype: str
     share: float = 1.0
 
+    def above(self, tokens: int) -> int | None:
+        """What `evict_above` is for chains of so many tokens."""
+        return None if self.share == 1 else max(LEAST, int(self.share * tokens))
+
 
 POLICIES = (
     Policy("full", "float32"),
@@ -108,10 +112,9 @@ def bench_kv(folder: Path, tokens: int, chains: int) -> Iterator[dict[str, Any]]
 
 
 def _settings(policy: Policy, tokens: int, chains: int, model: PreTrainedModel) -> EngineSettings:
-    above = None if policy.share == 1 else max(LEAST, int(policy.share * tokens))
     mib = -(-chains * (tokens + 32) * kv_shape_of(model).page_bytes("float32") // 16 // (1 << 20))
     return EngineSettings(
-        kv_dtype=policy.kv_dtype, evict_above=above, kv_memory_mib=mib, step="native",
+        kv_dtype=policy.kv_dtype, evict_above=policy.above(tokens), kv_memory_mib=mib, step="native",
         limits=Limits(chains, PROMPT_TOKENS * chains, tokens),
     )  # fmt: skip
 
@@ -206,8 +209,7 @@ def _found(logprobs: Sequence[Tensor], windows: Sequence[Window]) -> dict[str, A
 
 def _savings(policy: Policy, settings: EngineSettings, model: PreTrainedModel) -> dict[str, Any]:
     """Chains are counted for the share of tokens that was measured, at the length that is asked for."""
-    above = None if policy.share == 1 else int(policy.share * CHAIN_TOKENS)
-    longer = EngineSettings(kv_dtype=settings.kv_dtype, evict_above=above)
+    longer = EngineSettings(kv_dtype=settings.kv_dtype, evict_above=policy.above(CHAIN_TOKENS))
     figures = kv_figures(kv_shape_of(model), "float32", longer, CHAIN_TOKENS, CHAIN_MEMORY)
     return {
         "kv_bytes_per_token": figures.bytes_per_token,

@@ -53,8 +53,8 @@ void code8(const T* from, int n, int8_t* to) {
     const float inverse = 1.0f / *place;
     for (int i = 0; i < n; ++i) {
         const float wanted = std::clamp(widen(from[i]) * inverse, -127.0f, 127.0f);
-        const auto bit = i < 8 ? bits >> i & 1 : 0;
-        const auto nearest = i < 8 ? 2 * std::lrint((wanted - bit) / 2) + bit : std::lrint(wanted);
+        const int apart = i < 8 ? 2 : 1, bit = i < 8 ? bits >> i & 1 : 0;
+        const auto nearest = apart * std::lrint((wanted - bit) / apart) + bit;
         to[i] = static_cast<int8_t>(nearest > 127 ? 126 : nearest);
     }
 }

@@ -206,7 +206,8 @@ inline void softmax(float* scores, int length) {
 }
 
 // Attention of one token's G queries (of one key-value head, already scaled) over `length` cached tokens.
-// scratch: group x padded length, and a page's scales. mass: where given, this page's share of the weights is added to mass[page].
+// scratch: a page's scales, and group x padded length. mass: where given, this page's share of the weights is added to
+// mass[page].
 inline void attend(const Pools& pools, const PageShape& shape, const int32_t* table, int length, int layer, int head,
                    int group, const float* query, float* out, std::vector<float>& scratch, float* mass) {
     const int dim = shape.dim, pages = (length + PAGE - 1) / PAGE;
