@@ -125,3 +125,11 @@ def test_every_assumption_has_a_source(cluster):
     assert all(one.name and one.value and one.source and one.confidence for one in made.assumptions)
     told = any("no published run of this chip" in line for line in made.unmeasured)
     assert told == (not cluster.startswith("p5"))
+
+
+def test_machines_that_cost_nothing_an_hour_have_no_price_to_swing(tmp_path, best):
+    file = tmp_path / "own.toml"
+    file.write_text('[instances."p5.48xlarge".prices]\nowned = { value = 0, unit = "USD/h" }\n')
+    mine = replace(REQUEST, cluster=load_catalog(file).cluster("p5.48xlarge:4"))
+    swings = sensitivity(outcome(mine, best, replace(TERMS, basis="owned"), CALIBRATION), CALIBRATION)
+    assert "price" not in {one.name for one in swings}

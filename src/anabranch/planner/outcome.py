@@ -172,7 +172,7 @@ def sensitivity(found: Outcome, calibration: Calibration) -> list[Swing]:
     slower = cost.hours.scaled(1.0 / cost.hours.mid)
     fastest, slowest = (utilisation(request, candidate.step.step_s * by) for by in (slower.low, slower.high))
     swings = [Swing("MFU", amount * slower.low, amount * slower.high, f"{fastest:.0%}", f"{slowest:.0%}")]
-    if cost.usd:
+    if cost.usd and cost.owned.machines.total.mid > 0.0:  # one's own may cost nothing an hour
         price = request.cluster.instance.price(cost.owned.basis)
         mid, (low, high) = price.usd_per_h.mid, price.seen
         if low == high:
