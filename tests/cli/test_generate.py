@@ -266,3 +266,14 @@ def test_missing_files_are_said(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "models are not downloaded" in result.stderr
     result, _ = run(tmp_path, tmp_path / "p.txt")
     assert result.exit_code == 2 and "holds no model" in result.stderr
+
+
+def test_an_output_that_is_there_is_said_before_the_model_is_loaded(folder: Path, prompts: Path) -> None:
+    assert run(folder, prompts, "--max-new-tokens", "2")[0].exit_code == 0
+    broken = prompts.parent / "broken"
+    broken.mkdir()
+    for file in folder.glob("*.json"):
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "model.safetensors").write_bytes(b"none")
+    result, _ = run(broken, prompts)
+    assert result.exit_code == 2 and "exists; go on with --resume" in result.stderr

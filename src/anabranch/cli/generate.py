@@ -123,8 +123,9 @@ def generate(
     thinking = _thinking(tokenizer, thinking_budget, end_of_thought, closing_words)
     request = replace(request, stop_tokens=stop_tokens(folder, tokenizer), thinking=thinking)
     limits = _limits(folder, slots, encoded, max_new_tokens)
+    _require_free(Path(out), asked, resume, overwrite)
     with Engine.from_folder(folder, replace(engine_settings, limits=limits)) as engine:
-        _claim(Path(out), asked, resume, overwrite)
+        _claim(Path(out), asked, resume)
         if engine.why_not_native is not None:
             say(f"transformers' own modules compute the steps: {engine.why_not_native}")
         batch = Batch(engine, tokenizer, replace(settings, request=request))
@@ -222,9 +223,9 @@ def _limits(folder: Path, slots: int, prompts: list[tuple[int, ...]], new_tokens
     return Limits(slots, tokens=min(config.max_position_embeddings, max(map(len, prompts)) + new_tokens))
 
 
-def _claim(out: Path, asked: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Raise unless a generation with these settings may write to `out`; keep the settings beside it."""
-    beside = out.with_name(f"{out.name}.settings.json")
+def _require_free(out: Path, asked: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    """Raise unless a generation with these settings may write to `out`."""
+    beside = _settings_of(out)
     if resume and overwrite:
         raise ConfigError("resume and overwrite contradict each other; give one", setting="resume")
     if out.exists() and not (resume or overwrite):
@@ -236,13 +237,22 @@ def _claim(out: Path, asked: dict[str, Any], resume: bool, overwrite: bool) -> N
             raise CheckpointError(f"{beside} cannot be read: {error}", setting="resume") from error
         if changed := difference(held, asked):
             raise CheckpointError(f"{out} was made otherwise: {changed}", setting="resume")
+
+
+def _claim(out: Path, asked: dict[str, Any], resume: bool) -> None:
+    """Begin `out`, unless it goes on, with the settings beside it. Only once the model is there."""
+    if resume and out.exists():
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(b"")
-        write_json(beside, asked)
+        write_json(_settings_of(out), asked)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error}", setting="out") from error
+
+
+def _settings_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.settings.json")
 
 
 def _pattern(vote: str | None) -> re.Pattern[str] | None:
