@@ -1,8 +1,11 @@
 """`bench codecs`: what is said of a codec beside rounding alone. The trainings themselves are the benchmark's."""
 
+import json
+
 import pytest
 
-from anabranch.cli.bench_codecs import OTHER_TRANSPORT, PAIRS, RUNS, TRANSPORT, summary
+from anabranch.cli.bench_codecs import OTHER_TRANSPORT, PAIRS, RUNS, TRANSPORT, about, summary, whole_seeds
+from anabranch.errors import ConfigError
 
 
 def _rows(changes, seeds):
@@ -46,3 +49,19 @@ def test_one_seed_has_no_spread():
     twin, bf16 = summary(_rows(CHANGES, 1))
     assert (twin["spread_percent"], bf16["margin_percent"]) == (None, None)
     assert summary([]) == []
+
+
+def test_an_interrupted_file_is_taken_up_after_its_last_whole_seed(tmp_path):
+    file = tmp_path / "codecs.json"
+    assert whole_seeds(None, 200) == whole_seeds(file, 200) == []
+    rows = [{"seed": n // len(RUNS), "run": n % len(RUNS)} for n in range(2 * len(RUNS) - 1)]
+    file.write_text(json.dumps({"machine": about(200), "rows": rows}))
+    assert whole_seeds(file, 200) == rows[: len(RUNS)]
+
+
+@pytest.mark.parametrize(("held", "named"), [({"steps": 100}, "steps"), ({"code": "of yesterday"}, "code")])
+def test_figures_of_other_code_or_length_are_not_mixed(tmp_path, held, named):
+    file = tmp_path / "codecs.json"
+    file.write_text(json.dumps({"machine": {**about(200), **held}, "rows": []}))
+    with pytest.raises(ConfigError, match=f"holds figures of other {named};"):
+        whole_seeds(file, 200)

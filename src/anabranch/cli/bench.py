@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anabranch.cli.bench_balance import BalanceBench
-from anabranch.cli.bench_codecs import bench_codecs, summary
+from anabranch.cli.bench_codecs import RUNS, about, bench_codecs, summary, whole_seeds
 from anabranch.cli.bench_generate import Model, bench_generate, require_vllm, train_small
 from anabranch.cli.bench_kv import bench_kv, train_tiny
 from anabranch.cli.bench_memory import memory
@@ -140,15 +140,17 @@ def codecs(
     json_file: JsonFile = None,
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps of each run")] = 200,
     seeds: Annotated[int, typer.Option(min=1, help="trainings with each codec")] = 5,
+    jobs: Annotated[int, typer.Option(min=1, help="trainings at a time, of two cores each")] = 1,
 ) -> None:
     """Train with each wire codec: its effect on the final validation loss, beside that of rounding alone."""
     require_json_file(json_file)
-    rows: list[dict[str, Any]] = []
+    rows = whole_seeds(json_file, steps)
+    left = range(len(rows) // len(RUNS), seeds)
     with tempfile.TemporaryDirectory(prefix="anabranch-codecs-") as folder:
-        for row in bench_codecs(steps, seeds, Path(folder)):
+        for row in bench_codecs(steps, left, Path(folder), jobs):
             rows.append(row)
-            # After each run: an interruption keeps what was measured.
-            write_results(json_file, rows, summary=summary(rows))
+            # After each run: an interruption keeps what was measured, and the next call goes on with the next seed.
+            write_results(json_file, rows, about(steps), summary=summary(rows))
     columns = ("transport", "dispatch_wire", "combine_wire", "seeds", "mean_change_percent", "spread_percent",
                "margin_percent", "gradient_relative_error")  # fmt: skip
     _report(summary(rows), columns, None)

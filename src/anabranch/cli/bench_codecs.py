@@ -8,11 +8,16 @@ Gradients are of one micro-batch at the weights of the first uncompressed run.
 
 import heapq
 import inspect
+import json
+import os
 import statistics
 import textwrap
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,8 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 
 import anabranch
+from anabranch.cli.cluster_book import code_version
 from anabranch.cli.device import device
 from anabranch.cli.launch import launch
+from anabranch.errors import ConfigError
 from anabranch.integrations.transformers import NAME, AdaptiveSettings
 from anabranch.training.config import RunConfig
 from anabranch.training.presets import presets
@@ -33,27 +40,25 @@ from anabranch.transport.codecs import CODECS, make_codec
 PAIRS = [("none", "none"), *((name, name) for name in CODECS), ("int8", "bf16")]
 MODEL, RANKS, TRANSPORT, OTHER_TRANSPORT = "tiny", 2, "dedup", "all_to_all"
 TOKENS = 2048
+# Where the code that decides a loss starts.
+ENTRIES = ("anabranch.cli.bench_codecs", "anabranch.training.runner")
 # Of each seed: (transport, dispatch, combine), the uncompressed run first, then its twin.
 RUNS = [(TRANSPORT, *PAIRS[0]), (OTHER_TRANSPORT, *PAIRS[0]), *((TRANSPORT, *pair) for pair in PAIRS[1:])]
 # Two-sided 95 % of Student's t, by degrees of freedom.
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
-def bench_codecs(steps: int, seeds: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """A row a run, as they are measured, all runs of one seed before the next seed's."""
-    for seed in range(seeds):
-        plain_loss: float | None = None
-        for transport, dispatch, combine in RUNS:
-            experts = AdaptiveSettings(transport=transport, dispatch_wire=dispatch, combine_wire=combine)
-            out = folder / f"{seed}-{transport}-{dispatch}-{combine}"
-            config = RunConfig(
-                model=MODEL, ranks=RANKS, steps=steps, out=str(out), experts=experts, save_every=0, eval_every=0,
-                seed=seed,
-            )  # fmt: skip
-            loss = launch("train", config.to_dict(), RANKS)["eval_loss"]
-            plain_loss = plain_loss or loss
-            first = folder / f"0-{TRANSPORT}-none-none" / "model"
-            asked = {"model": str(first), "transport": transport, "dispatch": dispatch, "combine": combine}
+def bench_codecs(steps: int, seeds: Sequence[int], folder: Path, jobs: int = 1) -> Iterator[dict[str, Any]]:
+    """A row a run, all runs of one seed before the next seed's. jobs: trainings at a time, of RANKS threads each."""
+    plain_loss = 0.0
+    trainings = [Training(steps, seed, *run, str(folder)) for seed, run in product(seeds, RUNS)]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for training, loss in zip(trainings, pool.map(_final_loss, trainings), strict=True):
+            _, seed, transport, dispatch, combine, _ = training
+            if (transport, dispatch, combine) == RUNS[0]:
+                plain_loss = loss
+            first = str(Training(steps, 0, *RUNS[0], str(folder)).out / "model")
+            asked = {"model": first, "transport": transport, "dispatch": dispatch, "combine": combine}
             yield {
                 "model": MODEL,
                 "ranks": RANKS,
@@ -67,6 +72,55 @@ def bench_codecs(steps: int, seeds: int, folder: Path) -> Iterator[dict[str, Any
                 "eval_loss_change_percent": round(100 * (loss / plain_loss - 1), 3),
                 **(launch("codec_gradients", asked, RANKS) if seed == 0 else {}),
             }
+
+
+def about(steps: int) -> dict[str, Any]:
+    """What rows of one file have in common beside the machine."""
+    return {"steps": steps, "code": code_version(ENTRIES)}
+
+
+def whole_seeds(json_file: Path | None, steps: int) -> list[dict[str, Any]]:
+    """Rows that an interrupted benchmark left in the file, of the seeds of which it has all.
+
+    Raises ConfigError where the file holds other figures: those that may not be compared are not mixed or lost.
+    """
+    if json_file is None or not json_file.exists():
+        return []
+    held: Any = json.loads(json_file.read_text(encoding="utf-8"))
+    other = [name for name, value in about(steps).items() if held.get("machine", {}).get(name) != value]
+    if other:
+        raise ConfigError(
+            f"{json_file} holds figures of other {' and '.join(other)}; to keep them name another file, or remove it",
+            setting="json",
+        )
+    rows: list[dict[str, Any]] = held["rows"]
+    return rows[: len(rows) // len(RUNS) * len(RUNS)]
+
+
+class Training(NamedTuple):
+    """One of them, and the folder that all of them are in."""
+
+    steps: int
+    seed: int
+    transport: str
+    dispatch: str
+    combine: str
+    folder: str
+
+    @property
+    def out(self) -> Path:
+        return Path(self.folder) / f"{self.seed}-{self.transport}-{self.dispatch}-{self.combine}"
+
+
+def _final_loss(training: Training) -> float:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core a rank, however many the machine has
+    steps, seed, transport, dispatch, combine, _ = training
+    experts = AdaptiveSettings(transport=transport, dispatch_wire=dispatch, combine_wire=combine)
+    config = RunConfig(
+        model=MODEL, ranks=RANKS, steps=steps, out=str(training.out), experts=experts, save_every=0, eval_every=0,
+        seed=seed,
+    )  # fmt: skip
+    return launch("train", config.to_dict(), RANKS)["eval_loss"]
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,10 +17,10 @@ from anabranch.errors import ConfigError
 ENTRIES = ("anabranch.cli.bench_cluster", "anabranch.lab.cluster")
 
 
-def code_version() -> str:
-    """A digest of everything that ENTRIES import of this package, and of the versions of what they call."""
+def code_version(entries: Sequence[str] = ENTRIES) -> str:
+    """A digest of everything that `entries` import of this package, and of the versions of what they call."""
     digest = hashlib.sha256()
-    for name in sorted(_closure()):
+    for name in sorted(_closure(entries)):
         digest.update(name.encode() + _source(name).encode())
     for package in ("torch", "transformers", "numpy"):
         digest.update(f"{package} {version(package)}".encode())
@@ -73,9 +73,9 @@ class Book:
             beside.replace(self._file)
 
 
-def _closure() -> set[str]:
+def _closure(entries: Sequence[str]) -> set[str]:
     found: set[str] = set()
-    todo: list[str] = [*ENTRIES]
+    todo: list[str] = [*entries]
     while todo:
         name = todo.pop()
         if name not in found:
