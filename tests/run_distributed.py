@@ -213,7 +213,8 @@ def _join_group(connection: Connection, rank: int, ranks: int) -> None:
         store = dist.TCPStore("127.0.0.1", connection.recv(), ranks, is_master=False)
     for name, value in {
         "RANK": rank,
-        "LOCAL_RANK": rank,
+        "LOCAL_RANK": rank
+        % max(1, torch.accelerator.device_count()),  # ranks share a machine's devices, over gloo
         "WORLD_SIZE": ranks,
         "LOCAL_WORLD_SIZE": ranks,
         "MASTER_ADDR": "127.0.0.1",

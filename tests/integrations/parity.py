@@ -29,6 +29,7 @@ from transformers.distributed import DistributedConfig, mixin
 from transformers.distributed.utils import initialize_distributed_mesh
 
 import anabranch
+from anabranch.cli.device import device
 from anabranch.integrations.transformers import adaptive_layers
 
 STEPS = 3
@@ -119,7 +120,7 @@ def train(model: PreTrainedModel, batches: list[int], *, collect: bool = True) -
 
 def forward(model: PreTrainedModel, step: int, batch: int) -> Any:
     torch.manual_seed(1000 * step + batch)
-    ids = micro_batch(step, batch)
+    ids = micro_batch(step, batch).to(model.device)
     return model(input_ids=ids, labels=ids, use_cache=False)
 
 
@@ -135,7 +136,8 @@ def gradient_norm(model: PreTrainedModel) -> float:
 
 def whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.cpu() if full.is_cuda else full.clone()
 
 
 def gathered(tensors: dict[str, Tensor], collect: bool) -> dict[str, Tensor]:
@@ -145,8 +147,8 @@ def gathered(tensors: dict[str, Tensor], collect: bool) -> dict[str, Tensor]:
 
 
 def oracle(folder: Path, batches: int, dtype: str = "float32") -> Outcome:
-    """One process without expert parallelism."""
-    return train(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), list(range(batches)))
+    """One process without expert parallelism, on the device that ranks have."""
+    return train(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device()), list(range(batches)))
 
 
 def on_rank(folder: Path, layout: Layout) -> Outcome:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,14 +70,15 @@ class Engine:
         kv_dtype = self.settings.kv_dtype or dtype
         self.kv_shape = kv_shape_of(model)
         pages = self.settings.kv_memory_mib * MIB // self.kv_shape.page_bytes(kv_dtype)
-        self.pools: dict[str, Tensor] = {kv_dtype: allocate(self.kv_shape, kv_dtype, max(pages, 1))}
+        device = model.device if checkpoint is None else None
+        self.pools: dict[str, Tensor] = {kv_dtype: allocate(self.kv_shape, kv_dtype, max(pages, 1), device)}
         draft = self.settings.speculate
         self.speculator = Speculator(draft, within_page=kv_dtype != dtype) if draft else None
         # Pages are written in the step's own precision; where they are kept in another, they are rewritten once full.
         open_pages: PagePool | None = None
         if kv_dtype != dtype:
             open_pages = PagePool(2 * self.limits.slots + pages_of(self.limits.chunk), first_page(dtype))
-            self.pools[dtype] = allocate(self.kv_shape, dtype, open_pages.pages)
+            self.pools[dtype] = allocate(self.kv_shape, dtype, open_pages.pages, device)
         self.step = (
             self._step(model, weights) if checkpoint is None else self._limited(model, weights, checkpoint)
         )
@@ -93,7 +94,8 @@ class Engine:
 
     @classmethod
     def from_folder(cls, folder: Path, settings: EngineSettings | None = None) -> "Engine":
-        """Serves the checkpoint in `folder`; with `memory_limit_mib` it may be larger than memory.
+        """Serves the checkpoint in `folder`; with `memory_limit_mib` it may be larger than memory. The torch step runs
+        on the accelerator where there is one.
 
         Raises CheckpointError for a folder that is none, and ConfigError for a limit below the least that works.
         """
@@ -101,7 +103,9 @@ class Engine:
         # int8 is made of the checkpoint's own numbers.
         dtype = None if settings.dtype in (None, "int8") else getattr(torch, settings.dtype)
         if settings.memory_limit_mib is None:
-            return cls(load_model(folder, dtype), settings)
+            model: Any = load_model(folder, dtype)
+            found = torch.accelerator.current_accelerator(check_available=True)
+            return cls(model if found is None or settings.step != "torch" else model.to(found), settings)
         checkpoint = Checkpoint(folder)
         return cls(checkpoint.skeleton(dtype), settings, checkpoint)
 
@@ -230,6 +234,8 @@ class Engine:
 
     def _step(self, model: PreTrainedModel, weights: str) -> Step:
         wants = self.settings.step
+        if wants == "native" and model.device.type != "cpu":
+            raise ConfigError(f"the native step runs on CPU, the model is on {model.device}", setting="step")
         if wants != "torch" and (wants == "native" or model.device.type == "cpu"):
             try:
                 decoder = read_decoder(model)

@@ -43,10 +43,12 @@ def first_page(kind: str) -> int:
     return FORMATS.index(kind) << FORMAT_SHIFT
 
 
-def allocate(shape: KvShape, kind: str, pages: int) -> Tensor:
-    """uint8 (pages, bytes of a page), of huge memory pages where the system grants them. Zeroed when touched."""
-    pool = torch.empty(pages, shape.page_bytes(kind), dtype=torch.uint8)
-    prefer_huge_pages(pool)
+def allocate(shape: KvShape, kind: str, pages: int, device: torch.device | None = None) -> Tensor:
+    """uint8 (pages, bytes of a page) on `device`, the CPU where it is None; there of huge memory pages where the
+    system grants them."""
+    pool = torch.empty(pages, shape.page_bytes(kind), dtype=torch.uint8, device=device)
+    if pool.device.type == "cpu":
+        prefer_huge_pages(pool)
     return pool
 
 
