@@ -24,11 +24,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from anabranch.cli.bench_kv import Policy
+from anabranch.cli.device import device
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.scheduler import Limits
 from anabranch.serving.kv_figures import Solved, solve_rate
 from anabranch.serving.settings import EngineSettings
-from anabranch.training.grpo import pad, token_logprobs
+from anabranch.training.grpo import Sequences, pad, token_logprobs
 
 # Seeds of problems: ranges that no stage shares.
 JUDGED, WORKED = 0, 10_000_000
@@ -46,8 +47,10 @@ class Lesson(NamedTuple):
 class Sizes:
     """lessons: one after the other, at falling rates of one schedule. judged: problems, of the last lesson's size."""
 
-    lessons: tuple[Lesson, ...] = (Lesson(500, 16, 64), Lesson(300, 64, 24), Lesson(150, 400, 4))
-    lr: float = 3e-3
+    lessons: tuple[Lesson, ...] = (
+        Lesson(700, 8, 64), Lesson(200, 16, 48), Lesson(250, 48, 24), Lesson(250, 120, 10), Lesson(500, 400, 3)
+    )  # fmt: skip
+    lr: float = 1e-3
     judged: int = 200
     slots: int = 64
 
@@ -76,7 +79,8 @@ def train(folder: Path, model: PreTrainedModel, sizes: Sizes, resume: bool) -> l
     def step(number: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         lesson = plan[number]
         worked = ledgers(WORKED + 1000 * number, lesson.batch, lesson.accounts)
-        sequences = pad([ledger.prompt for ledger in worked], [solution(ledger) for ledger in worked])
+        padded = pad([ledger.prompt for ledger in worked], [solution(ledger) for ledger in worked])
+        sequences = Sequences(*(part.to(model.device) for part in padded))
         loss = -token_logprobs(model, sequences)[sequences.generated_BT].mean()
         loss.backward()
         descend(model, optimizer)
@@ -136,9 +140,10 @@ def main(
     disable_progress_bar()  # of saving; ours is the stage's
     sizes = QUICK if quick else Sizes()
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(model_config())
+    model = AutoModelForCausalLM.from_config(model_config()).to(device())
     with interruptible(out, resume):
         learnt = train(out / "model", model, sizes, resume)
+        model.cpu()
         rows = [row_of(policy, judge(model, sizes, policy), sizes) for policy in POLICIES]
     report = {
         "machine": machine(),
