@@ -95,7 +95,8 @@ def cluster_table(result: dict[str, Any]) -> str:
         "| of the best fixed choice's, worst | speed-up, median where max/mean >= 1.5 | prediction error, median, % |",
         "|---|---|---|---|---|---|---|",
     ]
-    labs = dict.fromkeys((row["topology"], row["inter_mbit"]) for row in result["rows"])
+    found = {(row["topology"], row["inter_mbit"]) for row in result["rows"]}
+    labs = sorted(found, key=lambda lab: (lab[0], lab[1] or 1e9))
     named = {(shape, f"{mbit:,.0f}" if mbit else "unshaped"): (shape, mbit) for shape, mbit in labs}
     for (shape, link), lab in {**named, ("**all**", ""): None}.items():
         told = verdict([r for r in result["rows"] if lab in (None, (r["topology"], r["inter_mbit"]))])
