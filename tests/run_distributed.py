@@ -211,10 +211,10 @@ def _join_group(connection: Connection, rank: int, ranks: int) -> None:
         connection.send(store.port)
     else:
         store = dist.TCPStore("127.0.0.1", connection.recv(), ranks, is_master=False)
+    devices = torch.accelerator.device_count()  # shared by ranks beyond them, over gloo
     for name, value in {
         "RANK": rank,
-        "LOCAL_RANK": rank
-        % max(1, torch.accelerator.device_count()),  # ranks share a machine's devices, over gloo
+        "LOCAL_RANK": rank % devices if devices else rank,
         "WORLD_SIZE": ranks,
         "LOCAL_WORLD_SIZE": ranks,
         "MASTER_ADDR": "127.0.0.1",

@@ -341,6 +341,7 @@ def test_unusable_text_from_the_shell_is_one_line(options, tmp_path):
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
 
 
+@pytest.mark.full
 def test_a_trace_is_recorded_under_an_outer_torchrun(options, tmp_path):
     """`trace` takes fewer options than `train`."""
     taken = [str(option) for option in options[1:]]

@@ -71,7 +71,7 @@ def dealt(folder, wanted, transport, planner):
         ("qwen3_moe", "all_to_all", "exact"),
     ],
 )
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_several_ranks_generate_what_one_does(ranks, family, transport, planner, folders, request) -> None:
     pool: RankPool = request.getfixturevalue(f"ranks{ranks}")
     expected = alone(folders[family], requests())

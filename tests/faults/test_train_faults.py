@@ -136,6 +136,7 @@ def losses(pool, toy_run, out, planner):
     return pool.run(train, config.to_dict())[0]
 
 
+@pytest.mark.full
 def test_ctrl_c_in_the_second_of_two_runs_is_resumed_to_the_same_losses(
     ranks2, toy_run, toy_options, out, temporary, tmp_path
 ):

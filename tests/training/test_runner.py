@@ -396,6 +396,7 @@ def test_two_ranks_without_expert_parallelism_train_the_same(ranks2, finished, s
     assert summary["token_mb_per_step"] == 0
 
 
+@pytest.mark.full
 def test_two_groups_of_two_ranks_train_the_same_and_are_traced(ranks4, finished, settings, tmp_path):
     four = {"ranks": 4, "ep_size": 2, "batch_size": 2, "trace_every": 2, "trace_ids": True, "steps": 30}
     summary, *_ = ranks4.run(train, settings | {"out": str(tmp_path / "run")} | four)
