@@ -62,6 +62,6 @@ def test_an_interrupted_file_is_taken_up_after_its_last_whole_seed(tmp_path):
 @pytest.mark.parametrize(("held", "named"), [({"steps": 100}, "steps"), ({"code": "of yesterday"}, "code")])
 def test_figures_of_other_code_or_length_are_not_mixed(tmp_path, held, named):
     file = tmp_path / "codecs.json"
-    file.write_text(json.dumps({"machine": {**about(200), **held}, "rows": []}))
-    with pytest.raises(ConfigError, match=f"holds figures of other {named};"):
+    file.write_text(json.dumps({"machine": {**about(200), **held}, "rows": [{}]}))
+    with pytest.raises(ConfigError, match=f"measured with {named} {held[named]};"):
         whole_seeds(file, 200)

@@ -8,7 +8,6 @@ Gradients are of one micro-batch at the weights of the first uncompressed run.
 
 import heapq
 import inspect
-import json
 import os
 import statistics
 import textwrap
@@ -27,10 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 
 import anabranch
-from anabranch.cli.cluster_book import code_version
+from anabranch.cli.cluster_book import code_version, rows_of
 from anabranch.cli.device import device
 from anabranch.cli.launch import launch
-from anabranch.errors import ConfigError
 from anabranch.integrations.transformers import NAME, AdaptiveSettings
 from anabranch.training.config import RunConfig
 from anabranch.training.presets import presets
@@ -82,18 +80,11 @@ def about(steps: int) -> dict[str, Any]:
 def whole_seeds(json_file: Path | None, steps: int) -> list[dict[str, Any]]:
     """Rows that an interrupted benchmark left in the file, of the seeds of which it has all.
 
-    Raises ConfigError where the file holds other figures: those that may not be compared are not mixed or lost.
+    Raises ConfigError as `rows_of`: figures that may not be compared are neither mixed nor lost.
     """
     if json_file is None or not json_file.exists():
         return []
-    held: Any = json.loads(json_file.read_text(encoding="utf-8"))
-    other = [name for name, value in about(steps).items() if held.get("machine", {}).get(name) != value]
-    if other:
-        raise ConfigError(
-            f"{json_file} holds figures of other {' and '.join(other)}; to keep them name another file, or remove it",
-            setting="json",
-        )
-    rows: list[dict[str, Any]] = held["rows"]
+    rows = rows_of(json_file, about(steps))
     return rows[: len(rows) // len(RUNS) * len(RUNS)]
 
 

@@ -27,6 +27,25 @@ def code_version(entries: Sequence[str] = ENTRIES) -> str:
     return digest.hexdigest()[:12]
 
 
+def rows_of(json_file: Path, settings: dict[str, Any]) -> list[Row]:
+    """What an earlier run left in the file. Raises ConfigError where it was measured with other settings."""
+    try:
+        held: Any = json.loads(json_file.read_text(encoding="utf-8"))
+        found, rows = {key: held["machine"].get(key) for key in settings}, list(held["rows"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{json_file} holds no cells of this benchmark ({error}); name another file", setting="json"
+        ) from error
+    other = [f"{key} {found[key]}" for key, value in settings.items() if found[key] != value]
+    if rows and other:
+        raise ConfigError(
+            f"{json_file} holds cells measured with {', '.join(other)}; to keep them name another file, or "
+            "remove it",
+            setting="json",
+        )
+    return rows
+
+
 class Book:
     """The rows of one file, which only ever holds cells of one code version and one set of settings.
 
@@ -38,23 +57,7 @@ class Book:
         self._file, self._settings = json_file, {**settings, "code": code_version()}
         self.rows: list[Row] = []
         if json_file is not None and json_file.exists():
-            self._take_up(json_file)
-
-    def _take_up(self, json_file: Path) -> None:
-        try:
-            held: Any = json.loads(json_file.read_text(encoding="utf-8"))
-            found, self.rows = {key: held["machine"].get(key) for key in self._settings}, list(held["rows"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{json_file} holds no cells of this benchmark ({error}); name another file", setting="json"
-            ) from error
-        other = [f"{key} {found[key]}" for key, value in self._settings.items() if found[key] != value]
-        if self.rows and other:
-            raise ConfigError(
-                f"{json_file} holds cells measured with {', '.join(other)}; to keep them name another file, or "
-                "remove it",
-                setting="json",
-            )
+            self.rows = rows_of(json_file, self._settings)
 
     def holds(self, topology: str, inter_mbit: float | None, workload: str) -> bool:
         """Whether this cell was measured already."""
