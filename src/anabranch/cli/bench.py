@@ -16,7 +16,6 @@ from anabranch.cli.bench_generate import Model, bench_generate, require_vllm, tr
 from anabranch.cli.bench_kv import bench_kv, train_tiny
 from anabranch.cli.bench_memory import memory
 from anabranch.cli.bench_planner import bench_planner
-from anabranch.cli.bench_store import bench_store
 from anabranch.cli.bench_validation import validation
 from anabranch.cli.cluster_book import Book
 from anabranch.cli.cluster_grid import MODEL, Measuring, cases_of_model, full_grid, measure, quick_grid
@@ -192,28 +191,6 @@ def generate(
             _report(more, GENERATE_COLUMNS, None)
             # After each engine: an interruption keeps what was measured.
             write_results(json_file, rows)
-
-
-@bench.command()
-@fails_clearly
-def store(
-    json_file: JsonFile = None,
-    quick: Annotated[bool, typer.Option("--quick", help="fewer tokens and layers: under 2 minutes")] = False,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="training of the model that tells hit rates")
-    ] = None,
-) -> None:
-    """Models with all, half and a third of their bytes in memory, the other experts on disk."""
-    require_json_file(json_file)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="anabranch-store-") as folder:
-        for row in bench_store(steps or (40 if quick else 300), quick, Path(folder)):
-            rows.append(row)
-            # After each run: an interruption keeps what was measured.
-            write_results(json_file, rows)
-    columns = ("model", "weights", "batch", "model_mib", "limit_mib", "resident_mib", "equal", "tokens_per_s",
-               "slow_down", "hit_rate", "late_rate", "mib_read_per_token", "wait_ms_per_token")  # fmt: skip
-    _report(rows, columns, json_file)
 
 
 @bench.command()
