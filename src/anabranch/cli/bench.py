@@ -23,7 +23,7 @@ from anabranch.cli.cluster_verdict import verdict
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.generate_cases import RANDOM, TRAINED, full_cases, quick_cases, vllm_cases, write_model
 from anabranch.cli.launch import launch
-from anabranch.cli.process import under_torchrun
+from anabranch.cli.process import under_torchrun, usable_cores
 from anabranch.cli.results import require_json_file, write_results
 from anabranch.cli.skew_grid import skew
 from anabranch.errors import ConfigError, TraceError
@@ -119,14 +119,22 @@ def cluster(
     Cells that FILE of --json holds already are not measured again: an interrupted grid goes on where it was.
     """
     require_json_file(json_file)
-    grid = (quick_grid if quick else full_grid)(os.cpu_count() or 1).only(topology or [])
+    grid = (quick_grid if quick else full_grid)(usable_cores()).only(topology or [])
     tokens, rounds = tokens or (256 if quick else 512), rounds or (5 if quick else 8)
     cases = cases_of_model(tokens, max_mean, natural_trace(MODEL))
-    book = Book(json_file, {"tokens": tokens, "rounds": rounds, "max_mean": max_mean, "model": MODEL})
+    how = Measuring(rounds, slots=4, epsilon=0.05, explain=explain)
+    settings = {
+        "tokens": tokens,
+        "rounds": rounds,
+        "max_mean": max_mean,
+        "slots": how.slots,
+        "epsilon": how.epsilon,
+    }
+    book = Book(json_file, {**settings, "model": MODEL})
     wanted = len(grid.labs) * len(grid.workloads)
     if held := wanted - sum(len(grid.missing(spec, book)) for spec in grid.labs):
         typer.echo(f"{held} of {wanted} cells are in {json_file} already")
-    measure(grid, cases, Measuring(rounds, slots=4, epsilon=0.05, explain=explain), book)
+    measure(grid, cases, how, book)
     typer.echo(verdict(book.rows).text())
 
 
