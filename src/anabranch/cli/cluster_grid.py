@@ -111,7 +111,8 @@ def measure(grid: Grid, cases: ClusterCases, how: Measuring, book: Book) -> None
                 if how.explain:
                     print_explained([about | row for row in result["explained"]])
             elif how.explain:
-                say(f"{topology(spec)} at {spec.inter_mbit or 'unshaped'}: its cells are in the file")
+                link = "unshaped" if spec.inter_mbit is None else f"at {spec.inter_mbit} Mbit/s"
+                say(f"{topology(spec)} {link}: its cells are in the file, nothing is explained")
 
 
 def _keep(rows: list[Row], about: dict[str, Any], book: Book) -> None:
