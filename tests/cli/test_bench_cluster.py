@@ -161,6 +161,9 @@ def test_an_interrupted_grid_goes_on(tmp_path):
     assert quick_grid(2).missing(spec, Book(file, settings)) == [NATURAL]
     with pytest.raises(ConfigError, match=r"json: .* measured with tokens 64; to keep them"):
         Book(file, {**settings, "tokens": 128})
+    file.write_text(json.dumps({"rows": cell, "machine": {**held["machine"], "cpu": "another"}}))
+    with pytest.raises(ConfigError, match="measured with cpu another"):
+        Book(file, settings)
     file.write_text("[]")
     with pytest.raises(ConfigError, match=r"json: .* holds no cells"):
         Book(file, settings)
@@ -178,10 +181,21 @@ def test_a_real_one(tmp_path):
     assert result.exit_code == 0, result.output
     found = json.loads(file.read_text())
     assert len(found["rows"]) == 3 * 13
-    again = CliRunner().invoke(
-        app, ["bench", "cluster", "--quick", "--rounds", "2", "--tokens", "64", "--json", str(file)]
-    )
+    words = [
+        "bench",
+        "cluster",
+        "--quick",
+        "--rounds",
+        "2",
+        "--tokens",
+        "64",
+        "--explain",
+        "--json",
+        str(file),
+    ]
+    again = CliRunner().invoke(app, words)
     assert "3 of 3 cells" in again.output, again.output
+    assert "2x2 at 200.0 Mbit/s: its cells are in the file" in again.stderr
     assert json.loads(file.read_text()) == found
     wanted = {"topology", "inter_mbit", "workload", "policy", "transport", "codec", "step_ms_median", "predicted_ms",
               "speedup_vs_transformers", "percent_of_ideal", "inter_bytes", "intra_bytes"}  # fmt: skip

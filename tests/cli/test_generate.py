@@ -110,6 +110,43 @@ def test_a_model_three_times_its_memory_gives_the_same(large: Path, prompts: Pat
     assert refused.exit_code == 2 and "memory_limit_mib" in refused.stderr
 
 
+def test_experts_over_several_ranks_give_the_same(folder: Path, prompts: Path) -> None:
+    """Votes included; what a run over ranks leaves undone, one process finishes."""
+    asked = ["--samples", "3", "--temperature", "1", "--max-new-tokens", "10", "--vote", "(e)", "--json"]
+    alone, lines = run(folder, prompts, *asked, "--step", "torch")
+    assert alone.exit_code == 0, alone.output
+    spread, same = run(folder, prompts, *asked, "--ranks", "2", "--planner", "exact", "--overwrite")
+    assert spread.exit_code == 0, spread.output
+
+    def samples(of: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        kept = [line for line in of if line.get("end") != "cancelled" and "sample" in line]
+        return sorted(kept, key=lambda line: (line["prompt"], line["sample"]))
+
+    assert samples(same) == samples(lines) and len(samples(same)) >= 6
+    report = json.loads(spread.stdout)
+    assert (report["ranks"], report["step"], report["votes"]) == (2, "torch", 3)
+    assert report["samples"] == json.loads(alone.stdout)["samples"]
+    out = prompts.parent / "out.jsonl"
+    half = out.read_text().splitlines(keepends=True)[:4]
+    out.write_text("".join(half) + '{"prompt": 2, "sam')
+    resumed, whole = run(folder, prompts, *asked, "--ranks", "2", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert samples(whole) == samples(lines)
+    again, _ = run(folder, prompts, *asked, "--step", "torch", "--resume")
+    assert json.loads(again.stdout)["samples"] == 0
+
+
+def test_what_several_ranks_cannot_do_is_said(folder: Path, prompts: Path) -> None:
+    for options, said in (
+        (["--step", "native"], "step"),
+        (["--memory-limit-mib", "1"], "memory_limit_mib"),
+        (["--dtype", "int8"], "dtype"),
+        (["--wire", "int3"], "dispatch_wire"),
+    ):
+        result, lines = run(folder, prompts, "--ranks", "2", *options)
+        assert result.exit_code == 2 and said in result.stderr and lines == [], result.output
+
+
 def test_why_the_native_step_was_not_taken(
     folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,17 @@ def test_sigterm_takes_the_lab_down_before_the_process_ends(fake, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_hang_up_that_nohup_hides_stays_hidden(fake, monkeypatch):
+    monkeypatch.setattr(fake, "run", lambda *_, **__: signal.raise_signal(signal.SIGHUP) or 0)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert invoke("run", "--", "env").exit_code == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert invoke("run", "--", "env").exit_code == 129
+
+
 @pytest.mark.parametrize(("netem", "words"), [(True, "has netem"), (False, "has no netem")])
 def test_findings_are_shown_and_kept_with_the_machine(fake, monkeypatch, tmp_path, netem, words):
     findings = [

@@ -72,6 +72,17 @@ def test_a_crash_is_the_reason_not_its_echo_on_other_ranks(tmp_path, capsys):
     assert capsys.readouterr().err == "Traceback of 1\n"
 
 
+def test_a_lab_s_ranks_leave_their_cause_likewise(tmp_path, capsys):
+    assert launch.told_cause(tmp_path, 5) is None
+    crash(tmp_path, 0, LOST, after_s=1)
+    crash(tmp_path, 2, "KeyError: 'x'", after_s=2)
+    found = launch.told_cause(tmp_path, 5)
+    assert isinstance(found, RankDiedError) and "rank 2 crashed: KeyError: 'x'" in str(found)
+    assert capsys.readouterr().err == "Traceback of 2\n"
+    (tmp_path / "error-0001.json").write_text(json.dumps({"message": "data: of rank 1"}))
+    assert str(launch.told_cause(tmp_path, 5)) == "data: of rank 1"
+
+
 def test_a_vain_wait_names_the_setting(tmp_path, capsys):
     crash(tmp_path, 0, WAITED)
     found = reason(tmp_path, failed(rank0=(1, 0), rank1=(-signal.SIGKILL, 30)))

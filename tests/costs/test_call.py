@@ -1,5 +1,7 @@
 """The price of a call, fitted to the samples of a made-up machine whose times follow formulas of their own."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tests.telemetry.test_samples import made_up_samples
@@ -182,6 +184,27 @@ def test_chunks_hide_what_is_not_the_slowest():
     hidden = HIDDEN * 0.75 * min(cost.dispatch_ms + cost.combine_ms, cost.experts_ms)
     assert cost.overhead_ms == pytest.approx(_overhead_ms(Exchange("two_level", 4), 1000) - hidden, rel=1e-5)
     assert sum(cost[:-1]) == pytest.approx(cost.total_ms)
+
+
+def test_no_more_is_hidden_than_could_be_beyond_the_measured_sizes():
+    samples = machine_samples()
+    whole = {c.tokens: c for c in samples.call_ms if c.transport == "two_level" and c.chunks == 1}
+    small, large = sorted(whole)[0], sorted(whole)[-1]
+
+    def measured(call):
+        # In 4 chunks the small size hides nothing, and the large one most of what it could.
+        if call.transport != "two_level" or call.chunks != 4:
+            return call
+        return call._replace(ms=call.ms * (1.0 if call.tokens < large else 0.8))
+
+    model = CallModel(replace(samples, call_ms=tuple(measured(call) for call in samples.call_ms)))
+    table = model._overhead[Exchange("two_level", 4)]
+    assert table.hidden[small] < table.hidden[large] <= 1.0
+    plan = _plan(StaticPlanner(), "W2", 40 * large, 2.0)
+    cost = model.cost(plan, Exchange("two_level", 4), "static")
+    could = 0.75 * min(cost.dispatch_ms + cost.combine_ms, cost.experts_ms)
+    slope = (table.ms[large] - table.ms[small]) / (large - small)
+    assert cost.overhead_ms >= table.ms[large] + slope * 39 * large - could - 1e-6
 
 
 def test_more_rows_never_cost_less():

@@ -77,3 +77,8 @@ def test_ranks_share_one_measurement(wire: str, ranks2: RankPool) -> None:
     measured = {(call.transport, call.chunks) for call in samples.call_ms}
     assert measured == {("all_to_all", 1), ("dedup", 1), ("dedup", 2)}
     assert {call.tokens for call in samples.call_ms} == {TOKENS // 4, TOKENS}
+
+
+def test_a_tiny_micro_batch_is_measured_too(ranks2: RankPool) -> None:
+    (first, *_), _ = ranks2.run(measure, 4, "none")
+    assert len(Samples.from_json(first).link_ms["intra"]) == 2

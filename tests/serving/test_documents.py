@@ -55,6 +55,6 @@ def test_the_commands_run(here: Path, command: str) -> None:
 
 
 def test_the_options_exist() -> None:
-    assert len(COMMANDS) == 2
+    assert len(COMMANDS) == 3
     said = CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "200"}).output
     assert [option for option in re.findall(r"`(--[a-z-]+)", TEXT) if option not in said] == []

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.store import StoreRun
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import anabranch
-from anabranch.cli.bench_store import StoreRun
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.scheduler import Limits
@@ -177,8 +176,9 @@ def test_two_processes_make_one_file_and_stay_within_their_limit(tmp_path: Path)
         num_experts=16,
     )  # fmt: skip
     run_of = StoreRun(str(folder), str(tmp_path / "store"), "float32", 2, 16, 48)
-    command = [sys.executable, "-m", "anabranch.cli.bench_store", json.dumps(run_of)]
-    source = {**os.environ, "PYTHONPATH": str(Path(anabranch.__file__).parent.parent)}
+    command = [sys.executable, "-m", "benchmarks.store", "--run", json.dumps(run_of)]
+    root = Path(__file__).resolve().parents[2]
+    source = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root / "src"), str(root)))}
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=source) for _ in range(2)]
     results = [json.loads(process.communicate()[0]) for process in processes]
     assert {file.suffix for file in (tmp_path / "store").iterdir()} == {".experts", ".lock"}

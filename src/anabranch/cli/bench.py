@@ -16,7 +16,6 @@ from anabranch.cli.bench_generate import Model, bench_generate, require_vllm, tr
 from anabranch.cli.bench_kv import bench_kv, train_tiny
 from anabranch.cli.bench_memory import memory
 from anabranch.cli.bench_planner import bench_planner
-from anabranch.cli.bench_store import bench_store
 from anabranch.cli.bench_validation import validation
 from anabranch.cli.cluster_book import Book
 from anabranch.cli.cluster_grid import MODEL, Measuring, cases_of_model, full_grid, measure, quick_grid
@@ -24,7 +23,7 @@ from anabranch.cli.cluster_verdict import verdict
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.generate_cases import RANDOM, TRAINED, full_cases, quick_cases, vllm_cases, write_model
 from anabranch.cli.launch import launch
-from anabranch.cli.process import under_torchrun
+from anabranch.cli.process import under_torchrun, usable_cores
 from anabranch.cli.results import require_json_file, write_results
 from anabranch.cli.skew_grid import skew
 from anabranch.errors import ConfigError, TraceError
@@ -120,14 +119,22 @@ def cluster(
     Cells that FILE of --json holds already are not measured again: an interrupted grid goes on where it was.
     """
     require_json_file(json_file)
-    grid = (quick_grid if quick else full_grid)(os.cpu_count() or 1).only(topology or [])
+    grid = (quick_grid if quick else full_grid)(usable_cores()).only(topology or [])
     tokens, rounds = tokens or (256 if quick else 512), rounds or (5 if quick else 8)
     cases = cases_of_model(tokens, max_mean, natural_trace(MODEL))
-    book = Book(json_file, {"tokens": tokens, "rounds": rounds, "max_mean": max_mean, "model": MODEL})
+    how = Measuring(rounds, slots=4, epsilon=0.05, explain=explain)
+    settings = {
+        "tokens": tokens,
+        "rounds": rounds,
+        "max_mean": max_mean,
+        "slots": how.slots,
+        "epsilon": how.epsilon,
+    }
+    book = Book(json_file, {**settings, "model": MODEL})
     wanted = len(grid.labs) * len(grid.workloads)
     if held := wanted - sum(len(grid.missing(spec, book)) for spec in grid.labs):
         typer.echo(f"{held} of {wanted} cells are in {json_file} already")
-    measure(grid, cases, Measuring(rounds, slots=4, epsilon=0.05, explain=explain), book)
+    measure(grid, cases, how, book)
     typer.echo(verdict(book.rows).text())
 
 
@@ -192,28 +199,6 @@ def generate(
             _report(more, GENERATE_COLUMNS, None)
             # After each engine: an interruption keeps what was measured.
             write_results(json_file, rows)
-
-
-@bench.command()
-@fails_clearly
-def store(
-    json_file: JsonFile = None,
-    quick: Annotated[bool, typer.Option("--quick", help="fewer tokens and layers: under 2 minutes")] = False,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="training of the model that tells hit rates")
-    ] = None,
-) -> None:
-    """Models with all, half and a third of their bytes in memory, the other experts on disk."""
-    require_json_file(json_file)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="anabranch-store-") as folder:
-        for row in bench_store(steps or (40 if quick else 300), quick, Path(folder)):
-            rows.append(row)
-            # After each run: an interruption keeps what was measured.
-            write_results(json_file, rows)
-    columns = ("model", "weights", "batch", "model_mib", "limit_mib", "resident_mib", "equal", "tokens_per_s",
-               "slow_down", "hit_rate", "late_rate", "mib_read_per_token", "wait_ms_per_token")  # fmt: skip
-    _report(rows, columns, json_file)
 
 
 @bench.command()

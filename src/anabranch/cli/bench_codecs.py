@@ -29,6 +29,7 @@ import anabranch
 from anabranch.cli.cluster_book import code_version, rows_of
 from anabranch.cli.device import device
 from anabranch.cli.launch import launch
+from anabranch.cli.results import processor
 from anabranch.integrations.transformers import NAME, AdaptiveSettings
 from anabranch.training.config import RunConfig
 from anabranch.training.presets import presets
@@ -73,8 +74,8 @@ def bench_codecs(steps: int, seeds: Sequence[int], folder: Path, jobs: int = 1) 
 
 
 def about(steps: int) -> dict[str, Any]:
-    """What rows of one file have in common beside the machine."""
-    return {"steps": steps, "code": code_version(ENTRIES)}
+    """What rows of one file have in common."""
+    return {"steps": steps, **processor(), "code": code_version(ENTRIES)}
 
 
 def whole_seeds(json_file: Path | None, steps: int) -> list[dict[str, Any]]:
@@ -111,7 +112,13 @@ def _final_loss(training: Training) -> float:
         model=MODEL, ranks=RANKS, steps=steps, out=str(training.out), experts=experts, save_every=0, eval_every=0,
         seed=seed,
     )  # fmt: skip
-    return launch("train", config.to_dict(), RANKS)["eval_loss"]
+    try:
+        trained = launch("train", config.to_dict(), RANKS)
+    except KeyboardInterrupt:
+        os._exit(130)  # else this process would take up the next training
+    if trained["stopped_early"]:
+        os._exit(130)
+    return trained["eval_loss"]
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

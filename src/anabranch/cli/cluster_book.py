@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.cli.cluster_verdict import Row, verdict
-from anabranch.cli.results import write_results
+from anabranch.cli.results import processor, write_results
 from anabranch.errors import ConfigError
 
-# Where the code of a cell's measurement starts: one rank's job, and the lab it runs in.
-ENTRIES = ("anabranch.cli.bench_cluster", "anabranch.lab.cluster")
+# Where the code of a cell's measurement starts: one rank's job, the lab it runs in, and what that lab is.
+ENTRIES = ("anabranch.cli.bench_cluster", "anabranch.lab.cluster", "anabranch.cli.cluster_grid")
 
 
 def code_version(entries: Sequence[str] = ENTRIES) -> str:
@@ -47,14 +47,14 @@ def rows_of(json_file: Path, settings: dict[str, Any]) -> list[Row]:
 
 
 class Book:
-    """The rows of one file, which only ever holds cells of one code version and one set of settings.
+    """The rows of one file, which only ever holds cells of one processor, code version and set of settings.
 
     `rows` are those found there and those added. Raises ConfigError where the file holds other cells: figures
     that may not be compared are never mixed, nor thrown away.
     """
 
     def __init__(self, json_file: Path | None, settings: dict[str, Any]) -> None:
-        self._file, self._settings = json_file, {**settings, "code": code_version()}
+        self._file, self._settings = json_file, {**settings, **processor(), "code": code_version()}
         self.rows: list[Row] = []
         if json_file is not None and json_file.exists():
             self.rows = rows_of(json_file, self._settings)

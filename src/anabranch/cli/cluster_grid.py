@@ -15,7 +15,10 @@ from anabranch.cli.bench_cluster import ClusterBench
 from anabranch.cli.cluster_book import Book
 from anabranch.cli.cluster_cases import NATURAL, ClusterCases, workload_names
 from anabranch.cli.cluster_verdict import Row, print_cells, print_explained
-from anabranch.errors import AnabranchError, ConfigError
+from anabranch.cli.fail import RankDiedError
+from anabranch.cli.launch import told_cause
+from anabranch.cli.process import say
+from anabranch.errors import ConfigError
 from anabranch.lab.cluster import Lab
 from anabranch.lab.spec import LabSpec
 from anabranch.training.presets import presets
@@ -25,6 +28,8 @@ INTRA_MBIT = 5_000.0
 QUICK_WORKLOADS = ["W0", "W2", NATURAL]
 # Ranks whose tokens a rank are as asked; a lab of more ranks gives each fewer, so that all do the same work.
 USUAL_RANKS = 4
+# Of torch's groups by itself.
+TIMEOUT_S = 1800
 
 
 class Grid(NamedTuple):
@@ -105,6 +110,9 @@ def measure(grid: Grid, cases: ClusterCases, how: Measuring, book: Book) -> None
                 )
                 if how.explain:
                     print_explained([about | row for row in result["explained"]])
+            elif how.explain:
+                link = "unshaped" if spec.inter_mbit is None else f"at {spec.inter_mbit} Mbit/s"
+                say(f"{topology(spec)} {link}: its cells are in the file, nothing is explained")
 
 
 def _keep(rows: list[Row], about: dict[str, Any], book: Book) -> None:
@@ -130,7 +138,7 @@ def in_lab(
 ) -> dict[str, list[Row]]:
     """The result of the job `name` of one lab's ranks; `keep` gets each cell's rows as they are put down.
 
-    Raises AnabranchError where the lab cannot be set up or a rank fails.
+    Raises AnabranchError where the lab cannot be set up or a rank fails, RankDiedError where one died.
     """
     folder.mkdir()
     job = folder / "job.json"
@@ -144,10 +152,8 @@ def in_lab(
     with Lab(spec) as lab:
         status = lab.run([sys.executable, "-m", "anabranch.cli.rank", str(job)], meanwhile=collect)
     collect()
-    if errors := sorted(folder.glob("error-*.json")):
-        raise AnabranchError(json.loads(errors[0].read_text())["message"])
-    if crashes := sorted(folder.glob("crash-*.json")):
-        raise AnabranchError(json.loads(crashes[0].read_text())["traceback"])
+    if cause := told_cause(folder, TIMEOUT_S):
+        raise cause
     if status:
-        raise AnabranchError(f"the ranks of the lab {spec} ended with {status}")
+        raise RankDiedError(f"the ranks of the lab {spec} ended with {status}")
     return json.loads((folder / "result.json").read_text())

@@ -11,6 +11,7 @@ from anabranch.cli.bench_cluster import bench_cluster_rank
 from anabranch.cli.bench_codecs import codec_gradients_rank
 from anabranch.cli.bench_skew import bench_skew_rank
 from anabranch.cli.device import quiet
+from anabranch.cli.generate import generate_rank
 from anabranch.cli.generate_engines import measure_rank
 from anabranch.cli.memory_rank import memory_rank
 from anabranch.cli.train import train_rank
@@ -21,6 +22,7 @@ JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "bench_cluster": bench_cluster_rank,
     "bench_skew": bench_skew_rank,
     "codec_gradients": codec_gradients_rank,
+    "generate": generate_rank,
     "measure_generate": measure_rank,
     "memory": memory_rank,
     "train": train_rank,

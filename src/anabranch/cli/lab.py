@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anabranch.cli.fail import fails_clearly
-from anabranch.cli.process import say, under_torchrun
+from anabranch.cli.process import say, under_torchrun, usable_cores
 from anabranch.cli.results import require_json_file, write_results
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lab.check import Finding, check
@@ -101,7 +101,7 @@ def _spec(nodes: int, ranks_per_node: int, inter: str, intra: str, cpu: float | 
     if under_torchrun():
         raise ConfigError("the lab starts its own ranks; run it without torchrun", setting="lab")
     spec = LabSpec(nodes, ranks_per_node, parse_rate(inter, "inter"), parse_rate(intra, "intra"), cpu)
-    if warning := spec.too_much_for(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1):
+    if warning := spec.too_much_for(usable_cores()):
         say(f"warning: {warning}")
     return spec
 
@@ -113,7 +113,10 @@ def _ending_in_order() -> Generator[None]:
     def leave(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = (
+        n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN
+    )  # nohup's stays
+    before = {number: signal.signal(number, leave) for number in heeded}
     try:
         yield
     finally:

@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from anabranch.cli.fail import RankDiedError
+from anabranch.cli.process import usable_cores
 from anabranch.errors import AnabranchError
 
 # A rank that meets a dead peer says so in words like these, of gloo, of the store, or of torch.
@@ -67,11 +68,10 @@ def launch(job: str, settings: dict[str, Any], ranks: int, *, timeout_s: int = 6
 
 def _rank_environment(ranks: int) -> dict[str, str]:
     """Defaults for the ranks' processes; what the user has set stays."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     return {
         # No more threads than cores: with more, OpenMP stalls in 64 ms steps.
-        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        "OMP_NUM_THREADS": str(max(1, usable_cores() // ranks)),
         # glibc returns every freed tensor of some MB to the system and faults its pages in again at the next
         # use: a tenth of a CPU step (docs/log.md). Let it keep them.
         "MALLOC_MMAP_MAX_": "0",
@@ -103,10 +103,9 @@ def _environment(defaults: dict[str, str]) -> Iterator[None]:
 
 def _reason(folder: Path, error: ChildFailedError, timeout_s: int) -> AnabranchError:
     """The first cause: a reported mistake, else a rank that was killed, else a crash."""
-    if reported := sorted(folder.glob("error-*.json")):
-        return AnabranchError(json.loads(reported[0].read_text())["message"])
-    crashes = [json.loads(file.read_text()) for file in sorted(folder.glob("crash-*.json"))]
-    crashes.sort(key=lambda crash: crash["time_s"])
+    if reported := _reported(folder):
+        return reported
+    crashes = _crashes(folder)
     failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
     began_s = min(failures[0][1].timestamp, *(crash["time_s"] for crash in crashes), math.inf)
     for rank, failure in failures:
@@ -116,6 +115,22 @@ def _reason(folder: Path, error: ChildFailedError, timeout_s: int) -> AnabranchE
             name = signal.Signals(-failure.exitcode).name
             return RankDiedError(f"rank {rank} was killed by {name}; all ranks ended")
     return _crash(crashes, timeout_s) or RankDiedError(f"rank {failures[0][0]} ended; all ranks ended")
+
+
+def told_cause(folder: Path, timeout_s: int) -> AnabranchError | None:
+    """What the ranks of a job have left in its folder of why they ended: a mistake, or the first crash."""
+    return _reported(folder) or _crash(_crashes(folder), timeout_s)
+
+
+def _reported(folder: Path) -> AnabranchError | None:
+    files = sorted(folder.glob("error-*.json"))
+    return AnabranchError(json.loads(files[0].read_text())["message"]) if files else None
+
+
+def _crashes(folder: Path) -> list[dict[str, Any]]:
+    """The first of them first."""
+    crashes = [json.loads(file.read_text()) for file in folder.glob("crash-*.json")]
+    return sorted(crashes, key=lambda crash: crash["time_s"])
 
 
 def _crash(crashes: list[dict[str, Any]], timeout_s: int) -> RankDiedError | None:

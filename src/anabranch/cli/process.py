@@ -1,4 +1,5 @@
-"""Which process this is: the only one of its command, or one of several ranks that run the same command."""
+"""Which process this is: the only one of its command, or one of several ranks that run the same command; and the
+cores that it may use."""
 
 import os
 
@@ -8,6 +9,11 @@ import typer
 def under_torchrun() -> bool:
     """Whether an outer torchrun has already started this process as one of several ranks."""
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+
+
+def usable_cores() -> int:
+    """Of the machine's, those that this process was not kept away from."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def speaks() -> bool:

@@ -33,14 +33,17 @@ def write_results(
 
 def machine() -> dict[str, Any]:
     """Where the figures were measured."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.split(":")[1].strip() for line in lines if "model name" in line)
-    model = next(names, platform.processor())
     return {
-        "cpu": model,
-        "cores": os.cpu_count(),
+        **processor(),
         "system": platform.platform(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "numpy")},
     }
+
+
+def processor() -> dict[str, Any]:
+    """What times of two runs must have in common to be compared."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if "model name" in line)
+    return {"cpu": next(names, platform.processor()), "cores": os.cpu_count()}

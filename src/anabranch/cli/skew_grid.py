@@ -26,6 +26,7 @@ from anabranch.cli.cluster_grid import (
 )
 from anabranch.cli.device import quiet
 from anabranch.cli.fail import fails_clearly
+from anabranch.cli.process import usable_cores
 from anabranch.cli.results import require_json_file, write_results
 from anabranch.errors import ConfigError
 from anabranch.workload.trace import natural_trace
@@ -57,7 +58,7 @@ def skew(
     """What natural skew costs a step: measured on emulated nodes, and predicted from a histogram; as root."""
     require_json_file(json_file)
     quiet()
-    grid = full_grid(os.cpu_count() or 1).only(only or ["2x2", "4x1"])
+    grid = full_grid(usable_cores()).only(only or ["2x2", "4x1"])
     labs, workloads = (grid.labs[1:2], QUICK) if quick else (grid.labs, WORKLOADS)
     workloads = _chosen(workload) if workload else workloads
     cases, rows = cases_of_model(tokens, MAX_MEAN, natural_trace(MODEL)), list[Row]()

@@ -93,9 +93,8 @@ class CallModel:
             )
         parts = self._parts(plan, exchange)
         tokens = float(plan.counts_RE.sum(axis=1).max()) / self.samples.top_k
-        overhead_ms = _between(table.ms, tokens) - _between(table.hidden, tokens) * _could_hide(
-            parts, exchange
-        )
+        hidden = min(max(_between(table.hidden, tokens), 0.0), 1.0)
+        overhead_ms = _between(table.ms, tokens) - hidden * _could_hide(parts, exchange)
         # Overlap can hide an exchange, but no computation.
         overhead_ms = max(overhead_ms, parts.experts_ms - parts.total_ms)
         plan_ms = 0.0 if exchange.transport == TRANSFORMERS else self._plan_ms(planner)

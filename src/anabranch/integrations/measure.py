@@ -90,6 +90,7 @@ class Probe:
         near_R = nodes.node_R == nodes.node_R[rank]
         peers = {"inter": ~near_R, "intra": near_R & (np.arange(nodes.ranks) != rank)}
         most = 2 * self.shape.tokens * self.shape.top_k * self.shape.hidden * self.shape.dtype.itemsize
+        most = max(most, 1 << 16)  # a line needs two points, however small the micro-batch is
         sizes = [n for n in (1 << 12, 1 << 16, 1 << 19, 1 << 21) if n < most] + [most]
         present = [name for name in ("intra", "inter") if self._slowest(float(peers[name].any()))]
         return {name: {n: self._exchange(peers[name], peers[name], n) for n in sizes} for name in present}

@@ -90,11 +90,6 @@ def _limit(hierarchy: Hierarchy, group: Path, quota_us: int) -> None:
         (group / "cpu.cfs_quota_us").write_text(str(quota_us))
 
 
-def labs(hierarchy: Hierarchy) -> list[str]:
-    """Every name at the top of the hierarchy."""
-    return [entry.name for entry in os.scandir(hierarchy.mount) if entry.is_dir()]
-
-
 def processes(hierarchy: Hierarchy, lab: str, kind: str = "") -> set[int]:
     """The ids of a lab's processes, in groups whose name starts with `kind`."""
     return {pid for group in _groups(hierarchy, lab) if group.name.startswith(kind) for pid in _inside(group)}

@@ -93,10 +93,9 @@ def _removed(lab: str, hierarchy: Hierarchy | None, tools: Tools) -> bool:
 
 
 def _known() -> list[str]:
-    """Every lab of which something is there."""
-    hierarchy = find_hierarchy()
+    """Every lab of which something is there. One that has cgroups alone is another container's, whose folders are not
+    seen here: a lab's own folder goes after its cgroups."""
     seen = [*(os.listdir(FOLDERS) if FOLDERS.exists() else []), *network.names()]
-    seen += cgroups.labs(hierarchy) if hierarchy else []
     return sorted({match[1] for name in seen if (match := NAME.fullmatch(name))})
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -11,8 +12,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 
 from anabranch.errors import CheckpointError, ConfigError
+from anabranch.integrations.transformers import NAME, adaptive_layers
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -33,6 +36,26 @@ def load_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} holds no model to serve: {error}", setting="model") from error
+
+
+def load_spread(folder: Path, dtype: str | None, ranks: int) -> PreTrainedModel:
+    """The same with its experts divided over all ranks. What else is divided is gathered at the first step, and kept.
+
+    Collective, after `anabranch.enable`. Raises as `load_model`, and ConfigError for a model without experts.
+    """
+    sharding = DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation=NAME)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", distributed_config=sharding
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} cannot be spread over ranks: {error}", setting="model") from error
+    if not adaptive_layers(model):
+        raise ConfigError(f"{folder} has no experts that could be spread; use ranks=1", setting="ranks")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(False)
+    return model.eval()
 
 
 def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

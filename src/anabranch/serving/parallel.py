@@ -6,6 +6,7 @@ ranks, and those every rank must enter equally often: hence the lockstep.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,13 @@ from anabranch.serving.engine import Completion, Engine
 from anabranch.serving.step.base import Outputs, Rows
 from anabranch.serving.step.draw import Draw
 from anabranch.serving.step.torch_step import TorchStep
+
+
+class Agreed(NamedTuple):
+    """Sums over all ranks: samples or requests that have not ended, and new tokens."""
+
+    left: int
+    new_tokens: int
 
 
 class ParallelEngine:
@@ -47,11 +55,11 @@ class ParallelEngine:
         self, requests: Sequence[Request], each: Callable[[Completion], None] | None = None
     ) -> list[Completion]:
         """Run this rank's requests, which may be none, to their ends, as `Engine.generate` does."""
-        with self._telling():
+        with self.together():
             numbered = {c: i for i, request in enumerate(requests) for c in self.engine.submit(request)}
             done: dict[Chain, Completion] = {}
-            while self._agree(len(done) < len(numbered)):
-                for chain in self._advance():
+            while self.agree(len(numbered) - len(done)).left:
+                for chain in self.advance():
                     if chain.end is not None and chain in numbered:
                         done[chain] = self.engine.completion(chain, numbered[chain])
                         if each is not None:
@@ -73,7 +81,31 @@ class ParallelEngine:
             return []
         return sorted((c for part in all_ranks for c in part), key=lambda c: (c.request, c.sample))
 
-    def _advance(self) -> list[Chain]:
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around rounds of `agree` and `advance`: what ends this rank's part early, the others hear of in the next."""
+        self._told = fine = False
+        try:
+            yield
+            fine = True
+        finally:
+            if not fine:
+                for chain in [*self.engine.scheduler.waiting, *self.engine.scheduler.running]:
+                    self.engine.cancel(chain)
+                    self.engine.logprobs.pop(chain, None)
+                if not self._told and not self._step.inside:
+                    self._sum(1, 0, 0)
+
+    def agree(self, left: int, new_tokens: int = 0) -> Agreed:
+        """What all ranks have left, and have generated, together. Raises RankError where another one failed."""
+        failed, *sums = self._sum(0, left, new_tokens)
+        if failed:
+            self._told = True
+            raise RankError("another rank failed; its own error says why", setting="generate")
+        return Agreed(*sums)
+
+    def advance(self) -> list[Chain]:
+        """One step of every rank; as `Engine.advance` for this one's chains."""
         before = self._step.runs
         got = self.engine.advance()
         if self._step.runs == before:
@@ -90,31 +122,10 @@ class ParallelEngine:
         self._step.run(Rows(zero, zero, one, zero, np.array([[page]], dtype=np.int32), none, True))
         scheduler.pool.give_back(page)
 
-    def _agree(self, busy: bool, failed: bool = False) -> bool:
-        """Whether any rank has work left. Raises RankError where another one failed."""
-        flags = torch.tensor([int(busy), int(failed)], device=self.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        any_busy, any_failed = flags.tolist()
-        if any_failed:
-            self._told = True
-            if not failed:
-                raise RankError("another rank failed; its own error says why", setting="generate")
-        return bool(any_busy)
-
-    @contextmanager
-    def _telling(self) -> Iterator[None]:
-        """What ends this rank's part early, the others hear of in the next round."""
-        self._told = fine = False
-        try:
-            yield
-            fine = True
-        finally:
-            if not fine:
-                for chain in [*self.engine.scheduler.waiting, *self.engine.scheduler.running]:
-                    self.engine.cancel(chain)
-                    self.engine.logprobs.pop(chain, None)
-                if not self._told and not self._step.inside:
-                    self._agree(busy=False, failed=True)
+    def _sum(self, *numbers: int) -> list[int]:
+        sums = torch.tensor(numbers, device=self.device)
+        dist.all_reduce(sums)
+        return sums.tolist()
 
 
 class _WatchedStep:

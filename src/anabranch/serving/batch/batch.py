@@ -99,8 +99,12 @@ class Batch:
 
     def advance(self) -> list[Record]:
         """One step; records of what it ended."""
+        return self.take(self.engine.advance())
+
+    def take(self, chains: Sequence[Chain]) -> list[Record]:
+        """Records of what a step ended that brought these chains on."""
         records: list[Record] = []
-        for chain in self.engine.advance():
+        for chain in chains:
             running = self._running.get(chain)
             if running is None:
                 continue  # a vote has just cancelled it

@@ -48,13 +48,14 @@ Record = SampleRecord | VoteRecord | FailureRecord
 class OutputFile:
     """A file of records, a line each, written through at once. What it held when opened is in `records`.
 
-    A last line that was cut off is dropped. Raises CheckpointError for a file of other lines.
+    A last line that was cut off is dropped: so several processes may write to one file only once all have opened it.
+    Raises CheckpointError for a file of other lines.
     """
 
     def __init__(self, path: Path) -> None:
         self.records: list[Record] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
+        self._file = path.open("a+b", buffering=0)
         self._file.seek(0)
         whole = 0
         for number, line in enumerate(self._file.read().splitlines(keepends=True), 1):
@@ -66,8 +67,9 @@ class OutputFile:
 
     def write(self, records: list[Record]) -> None:
         """Append these, all in one piece."""
-        self._file.write("".join(_line(r) for r in records).encode())
-        self._file.flush()
+        rest = "".join(_line(r) for r in records).encode()
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
         """To the disk."""

@@ -1,24 +1,33 @@
-"""`anabranch bench store`: models with less memory than they are large, each run in a process of its own.
+"""Models with all, half and a third of their bytes in memory, the other experts on disk:
 
-A model trained on real text tells the hit rate; a larger one of random weights, whose routing is even, tells memory
-and speed at the worst. The reference has all experts in memory, and every run must generate what it generates.
+    python -m benchmarks.store --json store.json       # --quick: fewer tokens and layers, under 2 minutes
+
+Each run has a process of its own. A model trained on real text tells the hit rate; a larger one of random weights,
+whose routing is even, tells memory and speed at the worst. The reference has all experts in memory, and every run must
+generate what it generates.
 """
 
 import inspect
 import json
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import typer
+from rich.console import Console
+from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anabranch.cli.device import quiet
+from anabranch.cli.fail import fails_clearly
 from anabranch.cli.launch import launch
+from anabranch.cli.results import require_json_file, write_results
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.scheduler import Limits
 from anabranch.serving.engine import MIB, Engine, EngineSettings
@@ -95,7 +104,7 @@ def _store_columns(figures: dict[str, Any] | None, tokens: int) -> dict[str, flo
 
 def measured(run: StoreRun) -> dict[str, Any]:
     """What `_measure` finds, in a process of its own: its peak of memory is that of this run."""
-    command = [sys.executable, "-m", "anabranch.cli.bench_store", json.dumps(run)]
+    command = [sys.executable, "-m", "benchmarks.store", "--run", json.dumps(run)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"a measuring process failed: {done.stderr[-2000:]}")
@@ -146,5 +155,35 @@ def _random_model(folder: Path, quick: bool) -> Path:
     return folder
 
 
+COLUMNS = (
+    "model", "weights", "batch", "model_mib", "limit_mib", "resident_mib", "equal", "tokens_per_s", "slow_down",
+    "hit_rate", "late_rate", "mib_read_per_token", "wait_ms_per_token",
+)  # fmt: skip
+
+
+@fails_clearly
+def main(
+    json_file: Annotated[Path | None, typer.Option("--json", help="where the rows are written")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer tokens and layers")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="of the model that tells hit rates")] = None,
+    run: Annotated[str | None, typer.Option(hidden=True, help="what one process measures")] = None,
+) -> None:
+    """How fast, how large, and how often the experts needed are there."""
+    if run is not None:
+        typer.echo(json.dumps(_measure(StoreRun(*json.loads(run)))))
+        return
+    require_json_file(json_file)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="anabranch-store-") as folder:
+        for row in bench_store(steps or (40 if quick else 300), quick, Path(folder)):
+            rows.append(row)
+            # After each run: an interruption keeps what was measured.
+            write_results(json_file, rows)
+    table = Table(*COLUMNS)
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in COLUMNS))
+    Console().print(table)
+
+
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_measure(StoreRun(*json.loads(sys.argv[1])))))
+    typer.run(main)
