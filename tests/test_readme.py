@@ -25,7 +25,7 @@ def _table_module() -> Any:
     return module
 
 
-@pytest.mark.parametrize("kind", ["balance", "cluster", "planner", "validation"])
+@pytest.mark.parametrize("kind", ["balance", "cluster", "codecs", "planner", "validation"])
 def test_tables_are_the_committed_results(kind: str) -> None:
     assert _table_module().tables(kind, ROOT / "benchmarks" / "results" / f"{kind}.json") in README
 
