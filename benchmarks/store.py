@@ -20,14 +20,12 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anabranch.cli.device import quiet
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.launch import launch
-from anabranch.cli.results import require_json_file, write_results
+from anabranch.cli.results import require_json_file, show_rows, write_results
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.scheduler import Limits
 from anabranch.serving.engine import MIB, Engine, EngineSettings
@@ -179,10 +177,7 @@ def main(
             rows.append(row)
             # After each run: an interruption keeps what was measured.
             write_results(json_file, rows)
-    table = Table(*COLUMNS)
-    for row in rows:
-        table.add_row(*(str(row[column]) for column in COLUMNS))
-    Console().print(table)
+    show_rows(rows, COLUMNS)
 
 
 if __name__ == "__main__":

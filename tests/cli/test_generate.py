@@ -270,6 +270,17 @@ def test_an_interrupt_keeps_what_is_finished(folder: Path, tmp_path: Path) -> No
     assert 2 <= len(lines) < 400 and all(len(line["tokens"]) == 300 for line in lines)
 
 
+def test_ctrl_c_before_the_model_is_there_claims_no_samples(
+    folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("anabranch.cli.generate.run_alone", interrupted)
+    result, lines = run(folder, prompts, "--max-new-tokens", "2")
+    assert result.exit_code == 130 and lines == [] and "samples are in" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("content", "options", "said"),
     [

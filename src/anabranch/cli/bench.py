@@ -1,14 +1,11 @@
 """`anabranch bench`: what is measured, and how its figures are shown."""
 
-import os
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from anabranch.cli.bench_balance import BalanceBench
 from anabranch.cli.bench_codecs import RUNS, about, bench_codecs, summary, whole_seeds
@@ -24,7 +21,7 @@ from anabranch.cli.fail import fails_clearly
 from anabranch.cli.generate_cases import RANDOM, TRAINED, full_cases, quick_cases, vllm_cases, write_model
 from anabranch.cli.launch import launch
 from anabranch.cli.process import under_torchrun, usable_cores
-from anabranch.cli.results import require_json_file, write_results
+from anabranch.cli.results import require_json_file, show_rows, write_results
 from anabranch.cli.skew_grid import skew
 from anabranch.errors import ConfigError, TraceError
 from anabranch.training.config import DTYPES
@@ -55,7 +52,8 @@ def planner(
     rows = bench_planner(rounds)
     columns = ("planner", "ranks", "experts", "plan_us_median", "plan_us_p90", "assign_us_median", "guests",
                "max_mean_before", "max_mean_after")  # fmt: skip
-    _report(rows, columns, json_file)
+    write_results(json_file, rows)
+    show_rows(rows, columns)
 
 
 @bench.command()
@@ -92,7 +90,8 @@ def balance(
         rows += launch("bench_balance", asdict(replace(size, ranks=count, tokens=tokens)), count)["rows"]
     columns = ("ranks", "workload", "policy", "max_mean_before", "max_mean_after", "guests", "step_ms_median",
                "step_ms_spread", "speedup_vs_transformers", "percent_of_ideal")  # fmt: skip
-    _report(rows, columns, json_file)
+    write_results(json_file, rows)
+    show_rows(rows, columns)
 
 
 @bench.command()
@@ -124,13 +123,10 @@ def cluster(
     cases = cases_of_model(tokens, max_mean, natural_trace(MODEL))
     how = Measuring(rounds, slots=4, epsilon=0.05, explain=explain)
     settings = {
-        "tokens": tokens,
-        "rounds": rounds,
-        "max_mean": max_mean,
-        "slots": how.slots,
+        "tokens": tokens, "rounds": rounds, "max_mean": max_mean, "model": MODEL, "slots": how.slots,
         "epsilon": how.epsilon,
-    }
-    book = Book(json_file, {**settings, "model": MODEL})
+    }  # fmt: skip
+    book = Book(json_file, settings)
     wanted = len(grid.labs) * len(grid.workloads)
     if held := wanted - sum(len(grid.missing(spec, book)) for spec in grid.labs):
         typer.echo(f"{held} of {wanted} cells are in {json_file} already")
@@ -160,7 +156,7 @@ def codecs(
             write_results(json_file, rows, about(steps), summary=summary(rows))
     columns = ("transport", "dispatch_wire", "combine_wire", "seeds", "mean_change_percent", "spread_percent",
                "margin_percent", "gradient_relative_error")  # fmt: skip
-    _report(summary(rows), columns, None)
+    show_rows(summary(rows), columns)
 
 
 @bench.command()
@@ -196,7 +192,7 @@ def generate(
             models.append(Model(TRAINED, train_small(trained or folder)))
         for more in bench_generate(models, cases, vllm_python):
             rows += more
-            _report(more, GENERATE_COLUMNS, None)
+            show_rows(more, GENERATE_COLUMNS)
             # After each engine: an interruption keeps what was measured.
             write_results(json_file, rows)
 
@@ -222,7 +218,7 @@ def kv(
             write_results(json_file, rows)
     columns = ("policy", "kl", "kl_late", "same_best_token", "nll", "needles", "needles_found", "needle_nll",
                "kv_bytes_per_token", "chains_4k_in_2_gib", "tokens_per_s")  # fmt: skip
-    _report(rows, columns, json_file)
+    show_rows(rows, columns)
 
 
 def _check(size: BalanceBench, ranks: int) -> None:
@@ -245,15 +241,3 @@ def _check(size: BalanceBench, ranks: int) -> None:
             f"{size.experts}, {size.top_k} a token; record one of the preset tiny",
             setting="trace",
         )
-
-
-def _report(rows: list[dict[str, Any]], columns: tuple[str, ...], json_file: Path | None) -> None:
-    write_results(json_file, rows)
-    table = Table()
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("workload", "policy", "planner") else "right")
-    for row in rows:
-        table.add_row(
-            *(f"{v:.3g}" if isinstance(v := row[c], float) and abs(v) < 100 else str(v) for c in columns)
-        )
-    Console(width=None if os.isatty(1) else 160).print(table)

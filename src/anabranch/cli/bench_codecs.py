@@ -26,10 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 
 import anabranch
-from anabranch.cli.cluster_book import code_version, rows_of
+from anabranch.cli.cluster_book import comparable, rows_of
 from anabranch.cli.device import device
 from anabranch.cli.launch import launch
-from anabranch.cli.results import processor
 from anabranch.integrations.transformers import NAME, AdaptiveSettings
 from anabranch.training.config import RunConfig
 from anabranch.training.presets import presets
@@ -75,7 +74,7 @@ def bench_codecs(steps: int, seeds: Sequence[int], folder: Path, jobs: int = 1) 
 
 def about(steps: int) -> dict[str, Any]:
     """What rows of one file have in common."""
-    return {"steps": steps, **processor(), "code": code_version(ENTRIES)}
+    return comparable({"steps": steps}, ENTRIES)
 
 
 def whole_seeds(json_file: Path | None, steps: int) -> list[dict[str, Any]]:
@@ -115,9 +114,9 @@ def _final_loss(training: Training) -> float:
     try:
         trained = launch("train", config.to_dict(), RANKS)
     except KeyboardInterrupt:
+        trained = None
+    if trained is None or trained["stopped_early"]:
         os._exit(130)  # else this process would take up the next training
-    if trained["stopped_early"]:
-        os._exit(130)
     return trained["eval_loss"]
 
 

@@ -27,6 +27,11 @@ def code_version(entries: Sequence[str] = ENTRIES) -> str:
     return digest.hexdigest()[:12]
 
 
+def comparable(settings: dict[str, Any], entries: Sequence[str] = ENTRIES) -> dict[str, Any]:
+    """What figures of one file have in common: these settings, the processor, and the code of `entries`."""
+    return {**settings, **processor(), "code": code_version(entries)}
+
+
 def rows_of(json_file: Path, settings: dict[str, Any]) -> list[Row]:
     """What an earlier run left in the file. Raises ConfigError where it was measured with other settings."""
     try:
@@ -54,7 +59,7 @@ class Book:
     """
 
     def __init__(self, json_file: Path | None, settings: dict[str, Any]) -> None:
-        self._file, self._settings = json_file, {**settings, **processor(), "code": code_version()}
+        self._file, self._settings = json_file, comparable(settings)
         self.rows: list[Row] = []
         if json_file is not None and json_file.exists():
             self.rows = rows_of(json_file, self._settings)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,7 +116,9 @@ def generate(
         else:
             report = launch("generate", {"given": given, "asked": asked}, ranks, timeout_s=TIMEOUT_S)
     except KeyboardInterrupt:
-        say(f"finished samples are in {out}; go on with --resume")
+        with suppress(CheckpointError):  # before the model is there, nothing is claimed
+            _require_same(work.out, asked)
+            say(f"finished samples are in {out}; go on with --resume")
         raise
     if json_out:
         typer.echo(json.dumps(report, indent=2, allow_nan=False))
@@ -138,18 +141,23 @@ FREE = (
 
 def _require_free(out: Path, asked: dict[str, Any], resume: bool, overwrite: bool) -> None:
     """Raise unless a generation with these settings may write to `out`."""
-    beside = _settings_of(out)
     if resume and overwrite:
         raise ConfigError("resume and overwrite contradict each other; give one", setting="resume")
     if out.exists() and not (resume or overwrite):
         raise ConfigError(f"{out} exists; go on with --resume, or replace it with --overwrite", setting="out")
     if resume and out.exists():
-        try:
-            held = dict(json.loads(beside.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{beside} cannot be read: {error}", setting="resume") from error
-        if changed := difference(held, asked):
-            raise CheckpointError(f"{out} was made otherwise: {changed}", setting="resume")
+        _require_same(out, asked)
+
+
+def _require_same(out: Path, asked: dict[str, Any]) -> None:
+    """Raise CheckpointError unless `out` was begun with these settings."""
+    beside = _settings_of(out)
+    try:
+        held = dict(json.loads(beside.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{beside} cannot be read: {error}", setting="resume") from error
+    if changed := difference(held, asked):
+        raise CheckpointError(f"{out} was made otherwise: {changed}", setting="resume")
 
 
 def _claim(out: Path, asked: dict[str, Any], resume: bool) -> None:

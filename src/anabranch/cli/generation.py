@@ -135,7 +135,7 @@ def run_on_rank(work: Generation, begin: Callable[[], None]) -> dict[str, Any]:
     anabranch.enable(
         e.planner, transport=e.transport, dispatch_wire=e.dispatch_wire, combine_wire=e.combine_wire
     )
-    model = on_all_ranks(lambda: load_spread(work.folder, work.engine.dtype, work.ranks))
+    model = on_all_ranks(lambda: load_spread(work.folder, work.engine.load_dtype, work.ranks))
     with on_all_ranks(lambda: Engine(model, work.engine)) as engine:
         parallel = ParallelEngine(engine)
         on_all_ranks(begin if is_first() else lambda: None)

@@ -1,11 +1,15 @@
-"""What a measuring command leaves: a JSON file of {machine, rows, ...}, and where it was measured."""
+"""What a measuring command leaves: a JSON file of {machine, rows, ...}, a table, and where it was measured."""
 
 import json
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from anabranch.errors import ConfigError
 from anabranch.training.folder import require_folder
@@ -29,6 +33,18 @@ def write_results(
         json_file.write_text(
             json.dumps({"machine": {**machine(), **(about or {})}, "rows": rows, **more}, indent=1)
         )
+
+
+def show_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    """These columns as a table on stdout."""
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("workload", "policy", "planner") else "right")
+    for row in rows:
+        table.add_row(
+            *(f"{v:.3g}" if isinstance(v := row[c], float) and abs(v) < 100 else str(v) for c in columns)
+        )
+    Console(width=None if os.isatty(1) else 160).print(table)
 
 
 def machine() -> dict[str, Any]:

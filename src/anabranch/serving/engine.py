@@ -100,14 +100,12 @@ class Engine:
         Raises CheckpointError for a folder that is none, and ConfigError for a limit below the least that works.
         """
         settings = settings or EngineSettings()
-        # int8 is made of the checkpoint's own numbers.
-        dtype = None if settings.dtype in (None, "int8") else getattr(torch, settings.dtype)
         if settings.memory_limit_mib is None:
-            model: Any = load_model(folder, dtype)
+            model: Any = load_model(folder, settings.load_dtype)
             found = torch.accelerator.current_accelerator(check_available=True)
             return cls(model if found is None or settings.step != "torch" else model.to(found), settings)
         checkpoint = Checkpoint(folder)
-        return cls(checkpoint.skeleton(dtype), settings, checkpoint)
+        return cls(checkpoint.skeleton(settings.load_dtype), settings, checkpoint)
 
     @property
     def store(self) -> StoreFigures | None:

@@ -30,32 +30,33 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{folder} holds no tokenizer: {error}", setting="model") from error
 
 
-def load_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_model(
+    folder: Path, dtype: torch.dtype | None, sharding: DistributedConfig | None = None
+) -> PreTrainedModel:
     """In evaluation mode. dtype: None for the checkpoint's own. Raises CheckpointError for what the folder holds."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} holds no model to serve: {error}", setting="model") from error
-
-
-def load_spread(folder: Path, dtype: str | None, ranks: int) -> PreTrainedModel:
-    """The same with its experts divided over all ranks. What else is divided is gathered at the first step, and kept.
-
-    Collective, after `anabranch.enable`. Raises as `load_model`, and ConfigError for a model without experts.
-    """
-    sharding = DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation=NAME)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", distributed_config=sharding
         )
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} cannot be spread over ranks: {error}", setting="model") from error
+        raise CheckpointError(f"{folder} holds no model to serve: {error}", setting="model") from error
+    return model.eval()
+
+
+def load_spread(folder: Path, dtype: torch.dtype | None, ranks: int) -> PreTrainedModel:
+    """The same with its experts divided over all ranks. What else is divided is gathered at the first step, and kept.
+
+    Collective, after `anabranch.enable`. Raises as `load_model`, and ConfigError for a model without experts.
+    """
+    model = load_model(
+        folder, dtype, DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation=NAME)
+    )
     if not adaptive_layers(model):
         raise ConfigError(f"{folder} has no experts that could be spread; use ranks=1", setting="ranks")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_reshard_after_forward(False)
-    return model.eval()
+    return model
 
 
 def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import torch
+
 from anabranch.errors import ConfigError
 from anabranch.scheduling.eviction import require_budget
 from anabranch.scheduling.pages import PAGE
@@ -40,6 +42,11 @@ class EngineSettings:
     spill_mib: int = 0
     # Folder for these pages; None for host memory.
     spill_folder: str | None = None
+
+    @property
+    def load_dtype(self) -> torch.dtype | None:
+        """What a checkpoint is read as; None for its own. int8 weights are made of the checkpoint's own numbers."""
+        return None if self.dtype in (None, "int8") else getattr(torch, self.dtype)
 
     def __post_init__(self) -> None:
         for name, value, known in (("dtype", self.dtype, (None, *WEIGHTS)), ("step", self.step, STEPS)):
