@@ -167,6 +167,12 @@ def test_an_interrupted_grid_goes_on(tmp_path):
     file.write_text("[]")
     with pytest.raises(ConfigError, match=r"json: .* holds no cells"):
         Book(file, settings)
+    deep = "[" * 100_000 + "]" * 100_000
+    for broken in ([{}], [1], [cell[0]], [{**cell[0], "step_ms_median": "soon"}, *cell[1:]], deep):
+        rows = broken if broken is deep else json.dumps(broken)
+        file.write_text(f'{{"machine": {json.dumps(held["machine"])}, "rows": {rows}}}')
+        with pytest.raises(ConfigError, match=r"json: .* holds no cells"):
+            Book(file, settings)
 
 
 @pytest.mark.full

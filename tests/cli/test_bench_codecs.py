@@ -54,9 +54,15 @@ def test_one_seed_has_no_spread():
 def test_an_interrupted_file_is_taken_up_after_its_last_whole_seed(tmp_path):
     file = tmp_path / "codecs.json"
     assert whole_seeds(None, 200) == whole_seeds(file, 200) == []
-    rows = [{"seed": n // len(RUNS), "run": n % len(RUNS)} for n in range(2 * len(RUNS) - 1)]
+    names = ("seed", "transport", "dispatch_wire", "combine_wire", "eval_loss_change_percent")
+    rows = [dict(zip(names, (seed, *run, 0.1), strict=True)) for seed in (0, 1) for run in RUNS][:-1]
     file.write_text(json.dumps({"machine": about(200), "rows": rows}))
     assert whole_seeds(file, 200) == rows[: len(RUNS)]
+    lossless = {**rows[1], "eval_loss_change_percent": None}
+    for broken in ([{}], [1], rows[1:], [{**rows[0], "seed": 1}], [rows[0], lossless]):
+        file.write_text(json.dumps({"machine": about(200), "rows": broken}))
+        with pytest.raises(ConfigError, match=r"json: .* holds no cells"):
+            whole_seeds(file, 200)
 
 
 @pytest.mark.parametrize(("held", "named"), [({"steps": 100}, "steps"), ({"code": "of yesterday"}, "code")])

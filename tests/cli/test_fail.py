@@ -1,5 +1,8 @@
 """How a command ends: the line, the exit code, and who speaks."""
 
+import errno
+import signal
+
 import pytest
 import typer
 
@@ -33,6 +36,40 @@ def test_a_rank_that_died_is_no_mistake_of_the_user(capsys):
 def test_an_interruption_is_130(capsys):
     assert ended(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_file_that_cannot_be_used_is_named_in_one_line(capsys, tmp_path):
+    for found in (tmp_path / ("x" * 300), tmp_path):
+        with pytest.raises(OSError) as caught:
+            found.write_text("")
+        assert ended(caught.value) == 2
+        assert capsys.readouterr().err == f"error {found}: {caught.value.strerror}\n"
+    with pytest.raises(ConnectionError):  # not of a file
+        ended(ConnectionResetError(errno.ECONNRESET, "gone"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_asked_to_end_unwinds(number):
+    unwound = []
+
+    @fails_clearly
+    def command():
+        try:
+            signal.raise_signal(number)
+        finally:
+            unwound.append(number)
+
+    with pytest.raises(SystemExit) as caught:
+        command()
+    assert caught.value.code == 128 + number
+    assert unwound == [number]
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_rank_is_ended_by_its_agent_at_once(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("RANK", "1")
+    assert fails_clearly(lambda: signal.getsignal(signal.SIGTERM))() == signal.SIG_DFL
 
 
 def test_what_nobody_expected_keeps_its_traceback():

@@ -92,6 +92,12 @@ def test_a_vain_wait_names_the_setting(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_vain_wait_in_a_lab_has_no_setting(tmp_path):
+    crash(tmp_path, 0, WAITED)
+    found = launch.told_cause(tmp_path, 1800)
+    assert str(found) == "rank 0 waited 1800 s for another one, which hangs or is stopped; all ended"
+
+
 def test_a_lost_rank_that_left_no_trace(tmp_path):
     crash(tmp_path, 0, LOST)
     assert str(reason(tmp_path, failed(rank0=(1, 0)))).startswith(

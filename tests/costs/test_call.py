@@ -252,6 +252,18 @@ def test_the_break_even_of_a_guest():
     assert prices.guest_rows(across_nodes=True) > prices.guest_rows(across_nodes=False)
 
 
+def test_a_lender_that_is_as_slow_alone_as_its_whole_node_needs_more_rows_for_a_guest():
+    samples = machine_samples()
+    bound = {name: {max(table): table[max(table)]} for name, table in samples.link_ms.items()}
+    prices, alone = CalibratedPrices(samples), CalibratedPrices(replace(samples, alone_ms=bound))
+    rate = (_experts_ms(8192) - _experts_ms(16)) / (8192 - 16)
+    for across, name in ((False, "intra"), (True, "inter")):
+        link = max(_link_ms(name, EXPERT), LINKS["inter"][0])
+        lend = 2 * (link + COPY_MS_PER_MB * EXPERT / 1e6)
+        assert alone.guest_rows(across_nodes=across) == pytest.approx(lend / rate, abs=1)
+    assert alone.guest_rows(across_nodes=True) > prices.guest_rows(across_nodes=True)
+
+
 def test_without_such_a_rank_a_guest_there_costs_nothing(tmp_path):
     intra = {"intra": machine_samples().link_ms["intra"]}
     alone = made_up_samples(node_R=(0, 0), link_ms=intra)

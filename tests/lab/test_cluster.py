@@ -104,7 +104,22 @@ def test_a_second_command_and_one_that_takes_too_long(lab, tmp_path):
     assert lab.run(["sh", "-c", "exit 0"], timeout_s=60) == 0
     assert lab.run(["sleep", "60"], timeout_s=1) == 124
     assert lab.run(["anabranch-no-such-program"], timeout_s=60) == 127
+    assert lab.run([str(tmp_path)], timeout_s=60) == 126
     assert lab.run(["sh", "-c", "kill -9 $$"], timeout_s=60) == 128 + 9
+
+
+def test_a_command_without_time_is_not_even_started(lab, tmp_path):
+    """The agents are in no cgroup yet when they are ended."""
+    assert lab.run(["touch", str(tmp_path / "ran")], timeout_s=0) == 124
+    assert not (tmp_path / "ran").exists()
+
+
+def test_modules_of_the_current_folder_are_not_the_labs(tmp_path, monkeypatch, capfd):
+    (tmp_path / "queue.py").write_text("raise ValueError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    with Lab(LabSpec(1, 1)) as lab:
+        assert lab.run(["true"], timeout_s=60) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_ranks_of_a_node_talk_over_lo():

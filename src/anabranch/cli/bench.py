@@ -20,7 +20,7 @@ from anabranch.cli.cluster_verdict import verdict
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.generate_cases import RANDOM, TRAINED, full_cases, quick_cases, vllm_cases, write_model
 from anabranch.cli.launch import launch
-from anabranch.cli.process import under_torchrun, usable_cores
+from anabranch.cli.process import refuse_torchrun, usable_cores
 from anabranch.cli.results import require_json_file, show_rows, write_results
 from anabranch.cli.skew_grid import skew
 from anabranch.errors import ConfigError, TraceError
@@ -117,6 +117,7 @@ def cluster(
 
     Cells that FILE of --json holds already are not measured again: an interrupted grid goes on where it was.
     """
+    refuse_torchrun("the benchmark", "lab")
     require_json_file(json_file)
     grid = (quick_grid if quick else full_grid)(usable_cores()).only(topology or [])
     tokens, rounds = tokens or (256 if quick else 512), rounds or (5 if quick else 8)
@@ -142,10 +143,11 @@ bench.command()(skew)
 def codecs(
     json_file: JsonFile = None,
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps of each run")] = 200,
-    seeds: Annotated[int, typer.Option(min=1, help="trainings with each codec")] = 5,
-    jobs: Annotated[int, typer.Option(min=1, help="trainings at a time, of two cores each")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="trainings with each codec")] = 5,
+    jobs: Annotated[int, typer.Option(min=1, max=64, help="trainings at a time, of two cores each")] = 1,
 ) -> None:
     """Train with each wire codec: its effect on the final validation loss, beside that of rounding alone."""
+    refuse_torchrun("the benchmark", "jobs")
     require_json_file(json_file)
     rows = whole_seeds(json_file, steps)
     left = range(len(rows) // len(RUNS), seeds)
@@ -223,8 +225,7 @@ def kv(
 
 def _check(size: BalanceBench, ranks: int) -> None:
     """Raise ConfigError or TraceError for what cannot be measured, before a process is started."""
-    if under_torchrun():
-        raise ConfigError("the benchmark starts its own ranks; run it without torchrun", setting="ranks")
+    refuse_torchrun("the benchmark", "ranks")
     require_transport(size.transport)
     if size.dtype not in DTYPES:
         raise ConfigError(f"{size.dtype!r} is unknown; use {' or '.join(DTYPES)}", setting="dtype")

@@ -11,10 +11,11 @@ import inspect
 import os
 import statistics
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ def bench_codecs(steps: int, seeds: Sequence[int], folder: Path, jobs: int = 1) 
     """A row a run, all runs of one seed before the next seed's. jobs: trainings at a time, of RANKS threads each."""
     plain_loss = 0.0
     trainings = [Training(steps, seed, *run, str(folder)) for seed, run in product(seeds, RUNS)]
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool, _ending_trainings():
         for training, loss in zip(trainings, pool.map(_final_loss, trainings), strict=True):
             _, seed, transport, dispatch, combine, _ = training
             if (transport, dispatch, combine) == RUNS[0]:
@@ -72,6 +73,16 @@ def bench_codecs(steps: int, seeds: Sequence[int], folder: Path, jobs: int = 1) 
             }
 
 
+@contextmanager
+def _ending_trainings() -> Generator[None]:
+    """Whatever ends the block early ends the trainings, for which the pool would wait; in the end none is left."""
+    try:
+        yield
+    finally:
+        for training in active_children():
+            training.terminate()
+
+
 def about(steps: int) -> dict[str, Any]:
     """What rows of one file have in common."""
     return comparable({"steps": steps}, ENTRIES)
@@ -84,8 +95,17 @@ def whole_seeds(json_file: Path | None, steps: int) -> list[dict[str, Any]]:
     """
     if json_file is None or not json_file.exists():
         return []
-    rows = rows_of(json_file, about(steps))
+    rows = rows_of(json_file, about(steps), _judge)
     return rows[: len(rows) // len(RUNS) * len(RUNS)]
+
+
+def _judge(rows: list[dict[str, Any]]) -> None:
+    """Raise ValueError or KeyError unless the rows are those of RUNS, seed after seed."""
+    for number, row in enumerate(rows):
+        seed, run = divmod(number, len(RUNS))
+        if (row["seed"], row["transport"], row["dispatch_wire"], row["combine_wire"]) != (seed, *RUNS[run]):
+            raise ValueError(f"row {number} is of another run")
+    summary(rows)
 
 
 class Training(NamedTuple):

@@ -3,7 +3,7 @@
 import ast
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,16 +32,20 @@ def comparable(settings: dict[str, Any], entries: Sequence[str] = ENTRIES) -> di
     return {**settings, **processor(), "code": code_version(entries)}
 
 
-def rows_of(json_file: Path, settings: dict[str, Any]) -> list[Row]:
-    """What an earlier run left in the file. Raises ConfigError where it was measured with other settings."""
+def rows_of(json_file: Path, settings: dict[str, Any], judge: Callable[[list[Row]], object]) -> list[Row]:
+    """What an earlier run left in the file. Raises ConfigError where it was measured with other settings, and where
+    `judge`, which makes of rows what the file is for, cannot do so with those that are there."""
     try:
         held: Any = json.loads(json_file.read_text(encoding="utf-8"))
         found, rows = {key: held["machine"].get(key) for key in settings}, list(held["rows"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        other = [f"{key} {found[key]}" for key, value in settings.items() if found[key] != value]
+        if rows and not other:
+            judge(rows)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{json_file} holds no cells of this benchmark ({error}); name another file", setting="json"
+            f"{json_file} holds no cells of this benchmark ({type(error).__name__}: {error}); name another file",
+            setting="json",
         ) from error
-    other = [f"{key} {found[key]}" for key, value in settings.items() if found[key] != value]
     if rows and other:
         raise ConfigError(
             f"{json_file} holds cells measured with {', '.join(other)}; to keep them name another file, or "
@@ -62,7 +66,7 @@ class Book:
         self._file, self._settings = json_file, comparable(settings)
         self.rows: list[Row] = []
         if json_file is not None and json_file.exists():
-            self.rows = rows_of(json_file, self._settings)
+            self.rows = rows_of(json_file, self._settings, verdict)
 
     def holds(self, topology: str, inter_mbit: float | None, workload: str) -> bool:
         """Whether this cell was measured already."""

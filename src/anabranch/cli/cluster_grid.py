@@ -150,7 +150,7 @@ def in_lab(
             cell.unlink()
 
     with Lab(spec) as lab:
-        status = lab.run([sys.executable, "-m", "anabranch.cli.rank", str(job)], meanwhile=collect)
+        status = lab.run([sys.executable, "-P", "-m", "anabranch.cli.rank", str(job)], meanwhile=collect)
     collect()
     if cause := told_cause(folder, TIMEOUT_S):
         raise cause

@@ -2,9 +2,6 @@
 
 import os
 import shutil
-import signal
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anabranch.cli.fail import fails_clearly
-from anabranch.cli.process import say, under_torchrun, usable_cores
+from anabranch.cli.process import refuse_torchrun, say, usable_cores
 from anabranch.cli.results import require_json_file, write_results
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lab.check import Finding, check
@@ -52,7 +49,7 @@ def run(
     spec = _spec(nodes, ranks_per_node, inter, intra, cpu)
     if shutil.which(command[0]) is None:
         raise ConfigError(f"{command[0]!r} is not to be found; name a program", setting="command")
-    with _ending_in_order(), Lab(spec) as cluster:
+    with Lab(spec) as cluster:
         status = cluster.run(command, timeout_s=timeout)
     raise typer.Exit(status)
 
@@ -72,7 +69,7 @@ def check_command(
     """Set a cluster up, and measure every link and every quota of it: what was set, what is delivered."""
     spec = _spec(nodes, ranks_per_node, inter, intra, cpu)
     require_json_file(json_file)
-    with _ending_in_order(), Lab(spec) as cluster:
+    with Lab(spec) as cluster:
         findings = list(check(cluster))
     netem = has_netem()
     rows = [finding._asdict() for finding in findings]
@@ -98,30 +95,11 @@ def clean_command() -> None:
 
 def _spec(nodes: int, ranks_per_node: int, inter: str, intra: str, cpu: float | None) -> LabSpec:
     """The shape; with a word on stderr where this machine cannot make its ranks equal devices."""
-    if under_torchrun():
-        raise ConfigError("the lab starts its own ranks; run it without torchrun", setting="lab")
+    refuse_torchrun("the lab", "lab")
     spec = LabSpec(nodes, ranks_per_node, parse_rate(inter, "inter"), parse_rate(intra, "intra"), cpu)
     if warning := spec.too_much_for(usable_cores()):
         say(f"warning: {warning}")
     return spec
-
-
-@contextmanager
-def _ending_in_order() -> Generator[None]:
-    """Let SIGTERM and SIGHUP end this process as SIGINT does: by unwinding, which takes the lab down."""
-
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    heeded = (
-        n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN
-    )  # nohup's stays
-    before = {number: signal.signal(number, leave) for number in heeded}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _table(findings: list[Finding]) -> Table:

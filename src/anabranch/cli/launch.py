@@ -34,6 +34,7 @@ LOST_PEER = (
     "DistNetworkError",
     "DistBackendError",
 )
+LONGER = ". Raise timeout_s where a rank may take longer"
 TIMED_OUT = ("Timed out waiting", "timed out", "Timeout")
 
 
@@ -57,7 +58,7 @@ def launch(job: str, settings: dict[str, Any], ranks: int, *, timeout_s: int = 6
         result = folder / "result.json"
         try:
             with _environment(_rank_environment(ranks)):
-                elastic_launch(config, sys.executable)("-m", "anabranch.cli.rank", str(job_file))
+                elastic_launch(config, sys.executable)("-P", "-m", "anabranch.cli.rank", str(job_file))
         except ChildFailedError as error:
             raise _reason(folder, error, timeout_s) from None
         except SignalException:
@@ -114,11 +115,16 @@ def _reason(folder: Path, error: ChildFailedError, timeout_s: int) -> AnabranchE
         if failure.exitcode < 0 and not ended_by_agent:
             name = signal.Signals(-failure.exitcode).name
             return RankDiedError(f"rank {rank} was killed by {name}; all ranks ended")
-    return _crash(crashes, timeout_s) or RankDiedError(f"rank {failures[0][0]} ended; all ranks ended")
+    return _crash(crashes, timeout_s, LONGER) or RankDiedError(
+        f"rank {failures[0][0]} ended; all ranks ended"
+    )
 
 
 def told_cause(folder: Path, timeout_s: int) -> AnabranchError | None:
-    """What the ranks of a job have left in its folder of why they ended: a mistake, or the first crash."""
+    """What the ranks of a job have left in its folder of why they ended: a mistake, or the first crash.
+
+    timeout_s: how long they wait for each other, which is no setting of the user's.
+    """
     return _reported(folder) or _crash(_crashes(folder), timeout_s)
 
 
@@ -133,7 +139,7 @@ def _crashes(folder: Path) -> list[dict[str, Any]]:
     return sorted(crashes, key=lambda crash: crash["time_s"])
 
 
-def _crash(crashes: list[dict[str, Any]], timeout_s: int) -> RankDiedError | None:
+def _crash(crashes: list[dict[str, Any]], timeout_s: int, remedy: str = "") -> RankDiedError | None:
     """The earliest crash that is no echo of another, its traceback to stderr; else a vain wait."""
     for crash in crashes:
         if not _says(crash, LOST_PEER + TIMED_OUT):
@@ -143,8 +149,8 @@ def _crash(crashes: list[dict[str, Any]], timeout_s: int) -> RankDiedError | Non
         if _says(crash, TIMED_OUT):
             return RankDiedError(
                 f"rank {crash['rank']} waited {timeout_s} s for another one, which hangs or is stopped; "
-                "all ended. Raise timeout_s where a rank may take longer",
-                setting="timeout_s",
+                f"all ended{remedy}",
+                setting="timeout_s" if remedy else None,
             )
     for crash in crashes:
         return RankDiedError(f"rank {crash['rank']} lost the others ({crash['error']}); all ranks ended")

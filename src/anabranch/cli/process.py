@@ -5,10 +5,18 @@ import os
 
 import typer
 
+from anabranch.errors import ConfigError
+
 
 def under_torchrun() -> bool:
     """Whether an outer torchrun has already started this process as one of several ranks."""
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+
+
+def refuse_torchrun(what: str, setting: str) -> None:
+    """Raise ConfigError where several ranks run a command that starts ranks by itself."""
+    if under_torchrun():
+        raise ConfigError(f"{what} starts its own ranks; run it without torchrun", setting=setting)
 
 
 def usable_cores() -> int:

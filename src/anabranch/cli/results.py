@@ -27,12 +27,18 @@ def require_json_file(json_file: Path | None, setting: str = "json") -> None:
 def write_results(
     json_file: Path | None, rows: list[dict[str, Any]], about: dict[str, Any] | None = None, **more: Any
 ) -> None:
-    """Write {machine, rows, ...}; nothing without a file. about: what else to say of where it was measured."""
-    if json_file is not None:
+    """Write {machine, rows, ...}; nothing without a file. about: what else to say of where it was measured.
+
+    Raises ConfigError where the file cannot be written after all.
+    """
+    if json_file is None:
+        return
+    content = json.dumps({"machine": {**machine(), **(about or {})}, "rows": rows, **more}, indent=1)
+    try:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(
-            json.dumps({"machine": {**machine(), **(about or {})}, "rows": rows, **more}, indent=1)
-        )
+        json_file.write_text(content)
+    except OSError as error:
+        raise ConfigError(f"{json_file} cannot be written ({error.strerror})", setting="json") from error
 
 
 def show_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:

@@ -107,14 +107,16 @@ class CallModel:
     def lend_ms(self, *, across_nodes: bool) -> float:
         """Time to lend one guest, alone, to a rank of another node or of the home's own, and to return its gradient.
 
-        0.0 where there is no such rank.
+        Between the first two such ranks; 0.0 where there are none.
         """
-        ranks_N = np.bincount(self.nodes.node_R)
-        ranks = float(ranks_N.min() if across_nodes else ranks_N.max())
-        if (across_nodes and ranks_N.size == 1) or (not across_nodes and ranks == 1):
+        node_R = self.nodes.node_R
+        apart_RR = node_R[:, None] != node_R
+        pairs = np.argwhere(apart_RR if across_nodes else ~apart_RR & ~np.eye(node_R.size, dtype=bool))
+        if not len(pairs):
             return 0.0
-        busiest = Busiest(0.0, self._links.duplex / ranks) if across_nodes else Busiest(1 / ranks, 0.0)
-        return self._lend_ms(busiest, 1.0)
+        lent_RR = np.zeros(apart_RR.shape)
+        lent_RR[tuple(pairs[0])] = 1.0
+        return self._lend_ms(self._links.busiest(lent_RR), 1.0)
 
     def rows_worth_ms(self, ms: float) -> int:
         """Rows whose computation takes `ms`, at the rate over all measured sizes."""

@@ -35,7 +35,7 @@ from anabranch.placement.base import Homes, IntArray
 from anabranch.placement.cheapest import CheapestChoice, candidate_planners
 from anabranch.placement.checks import require_count
 from anabranch.placement.choice import BySize, Chooser, Exchange, FixedChoice
-from anabranch.placement.policy import make_planner
+from anabranch.placement.policy import make_planner, require_planner
 from anabranch.placement.pricing import Pricing
 from anabranch.transport.base import Wires
 from anabranch.transport.choose import OVERLAPPING, candidate_exchanges, require_transport
@@ -70,6 +70,7 @@ class AdaptiveSettings:
     combine_wire: str = "none"
 
     def __post_init__(self) -> None:
+        require_planner(self.planner, AUTO)
         name = "bounded" if self.planner == AUTO else self.planner
         make_planner(name, epsilon=self.epsilon, slots=self.slots)
         require_transport(self.transport, AUTO)

@@ -62,10 +62,10 @@ class Job:
             )
 
     def _torchrun(self, node: int) -> list[str]:
-        python = [sys.executable, "-P"]  # -P: no script's folder among the modules
+        python = [sys.executable, "-P"]  # -P: neither the current folder nor the script's among the modules
         sit = [*python, seat.__file__, str(self._hierarchy.group(self._lab)), str(self._records)]
         return [
-            sys.executable, "-m", "torch.distributed.run",
+            *python, "-m", "torch.distributed.run",
             f"--nnodes={self._spec.nodes}", f"--nproc-per-node={self._spec.ranks_per_node}",
             f"--node-rank={node}", f"--master-addr={network.address(0)}", f"--master-port={self._port}",
             f"--local-addr={network.address(node)}", "--max-restarts=0", "--monitor-interval=0.5",
@@ -105,10 +105,10 @@ class Job:
         while ranks and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
             ranks = cgroups.processes(self._hierarchy, self._lab, "rank")
-        while alive := cgroups.processes(self._hierarchy, self._lab):
+        while alive := cgroups.processes(self._hierarchy, self._lab) | self._running_agents():
             cgroups.send(alive, SIGKILL)
-            for agent in self._agents:
-                agent.poll()
             time.sleep(0.01)
-        for agent in self._agents:
-            agent.wait()
+
+    def _running_agents(self) -> set[int]:
+        """One that has only just started is in no group yet."""
+        return {agent.pid for agent in self._agents if agent.poll() is None}

@@ -88,7 +88,7 @@ class Lab:
     def _watch(self, undo: ExitStack) -> int:
         """Start the watchdog; our end of its pipe."""
         dog = subprocess.Popen(
-            [sys.executable, "-m", "anabranch.lab.watchdog", self.name],
+            [sys.executable, "-P", "-m", "anabranch.lab.watchdog", self.name],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             env=dict(os.environ) | {"PYTHONPATH": str(PACKAGES)},
         )  # fmt: skip

@@ -5,8 +5,9 @@
 CGROUPS is the lab's folder of groups, RECORDS one for how ranks ended, with the command line in it: torchrun
 would take a `$` in an argument for a macro of its own. The seat itself is not under the quota.
 When the command fails, the seat keeps that from the agent, which would print a traceback of its own: it waits
-for the lab, which reads the records, to end everything. Only the standard library: run by its path, it needs
-nothing of the command's environment.
+for the lab, which reads the records, to end everything. When it ends well, the seat waits for all other ranks: an agent
+gives those of other nodes 300 s. Only the standard library: run by its path, it needs nothing of the command's
+environment.
 """
 
 import json
@@ -19,22 +20,23 @@ from pathlib import Path
 from types import FrameType
 
 COMMAND = "command.json"
-NOT_FOUND = 127
+POLL_S = 0.1
+NOT_FOUND, NOT_RUNNABLE = 127, 126
 SIGNALLED = 128
 
 
 def main() -> None:
-    """Run the command, record its exit status, and wait for the end where that is not 0."""
-    cgroups, records = sys.argv[1:]
+    """Run the command, record its exit status, and wait: for the end where that is not 0, else for the other ranks."""
+    cgroups, records = map(Path, sys.argv[1:])
     rank = os.environ["RANK"]
-    group = Path(cgroups, f"rank{rank}", "cgroup.procs")
-    status = _run(json.loads(Path(records, COMMAND).read_text()), group)
-    told = Path(records, f"rank{rank}")
+    group = cgroups / f"rank{rank}" / "cgroup.procs"
+    status = _run(json.loads((records / COMMAND).read_text()), group)
+    told = records / f"rank{rank}"
     written = told.with_name(f".{told.name}")
     written.write_text(f"{time.monotonic_ns()} {status}")
     written.rename(told)
-    while status:
-        signal.pause()
+    while status or len(list(records.glob("rank*"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(POLL_S)
 
 
 def _run(command: list[str], group: Path) -> int:
@@ -44,7 +46,7 @@ def _run(command: list[str], group: Path) -> int:
         child = subprocess.Popen(command, preexec_fn=lambda: group.write_text(str(os.getpid())))
     except OSError as error:
         sys.stderr.write(f"{command[0]}: {error.strerror}\n")
-        return NOT_FOUND
+        return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_RUNNABLE
 
     def pass_on(number: int, _: FrameType | None) -> None:
         child.send_signal(number)

@@ -5,8 +5,10 @@ that pipe: it ends when the owner closes it, exits, crashes or is killed. The wa
 own and heeds no signal that a terminal or a supervisor sends to the owner.
 """
 
+import os
 import signal
 import sys
+from contextlib import suppress
 
 from anabranch.errors import AnabranchError
 from anabranch.lab.ownership import remove
@@ -18,8 +20,8 @@ def main() -> None:
     """Wait for the end of the pipe, then remove the lab."""
     for number in UNHEEDED:
         signal.signal(number, signal.SIG_IGN)
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
+    with suppress(BrokenPipeError):  # an owner that has gone already
+        os.write(sys.stdout.fileno(), b"ready\n")
     sys.stdin.read()
     try:
         remove(sys.argv[1])

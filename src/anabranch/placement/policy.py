@@ -32,14 +32,17 @@ def make_planner(name: str, *, epsilon: float = 0.05, slots: int = 2, min_rows: 
     Raises ConfigError naming `planner`, `epsilon`, `slots` or `min_rows`. Settings are checked whether
     the chosen planner uses them or not.
     """
-    build = PLANNERS.get(name)
-    if build is None:
-        nearest = get_close_matches(name, PLANNERS, n=1)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-        raise ConfigError(
-            f"{name!r} is unknown; {hint}choose one of {', '.join(PLANNERS)}", setting="planner"
-        )
+    require_planner(name)
     require_number("epsilon", epsilon, 0.0)
     require_count("slots", slots, 1)
     require_count("min_rows", min_rows, 0)
-    return build(epsilon, slots, min_rows)
+    return PLANNERS[name](epsilon, slots, min_rows)
+
+
+def require_planner(name: str, *more: str) -> None:
+    """Raise ConfigError unless there is a planner called `name`, or it is one of `more`."""
+    known = [*PLANNERS, *more]
+    if name not in known:
+        nearest = get_close_matches(name, known, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ConfigError(f"{name!r} is unknown; {hint}choose one of {', '.join(known)}", setting="planner")

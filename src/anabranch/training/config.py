@@ -10,6 +10,8 @@ from anabranch.telemetry.energy import check_meter
 from anabranch.training.folder import RunFolder, require_folder
 
 DTYPES = ("float32", "bfloat16")
+# The largest seed that numpy takes; as seconds, more than any run's.
+MOST = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,14 @@ class RunConfig:
 
         Raises ConfigError, or CheckpointError where `out` cannot be resumed.
         """
-        for name in ("ranks", "steps", "batch_size", "timeout_s", "max_bytes"):
+        for name in ("ranks", "steps", "batch_size", "max_bytes"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("save_every", "eval_every", "trace_every", "seed"):
+        for name in ("save_every", "eval_every", "trace_every"):
             _at_least(name, getattr(self, name), 0)
+        for name, low in (("timeout_s", 1), ("seed", 0)):
+            _at_least(name, getattr(self, name), low)
+            if getattr(self, name) > MOST:
+                raise ConfigError(f"{getattr(self, name)} is too large; use at most {MOST}", setting=name)
         if self.sequence_length is not None:
             _at_least("sequence_length", self.sequence_length, 2)
         if not 0 < self.learning_rate < 10:
