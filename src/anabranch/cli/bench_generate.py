@@ -20,6 +20,7 @@ from anabranch.cli.generate_cases import (
     GenerateCase,
     Sizes,
     entering_tokens,
+    fit,
     prompts_of,
     sizes_of,
 )
@@ -28,6 +29,7 @@ from anabranch.cli.launch import launch
 from anabranch.costs.decode import Roof, decode_bound
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.scheduling.pages import PAGE
+from anabranch.serving.loading import load_config, positions_of
 from anabranch.training.config import RunConfig
 
 GIB = 1 << 30
@@ -89,9 +91,9 @@ def bench_generate(
     known = {(row["model"], row["engine"], row["dtype"]) for row in held}
     roofs = measure_roofs()
     for model in models:
-        sizes = sizes_of(model.folder)
+        sizes, most = sizes_of(model.folder), positions_of(load_config(model.folder))
         groups: dict[tuple[str, str], list[GenerateCase]] = {}
-        for case in sorted(cases, key=lambda c: c.dtype):
+        for case in sorted((fit(case, most) for case in cases), key=lambda c: c.dtype):
             groups.setdefault((case.engine, case.dtype), []).append(case)
         for (engine, dtype), group in groups.items():
             if (model.name, engine, dtype) in known:
@@ -172,10 +174,13 @@ def vllm_rates(folder: Path, cases: list[GenerateCase], python: Path) -> list[Ra
         file.write_text(json.dumps({**job, "told": str(told)}))
         # On CPU vLLM keeps one core for itself unless told which to use.
         cores = f"0-{(os.cpu_count() or 1) - 1}"
-        done = subprocess.run(
-            [str(python), str(script), str(file)], capture_output=True, text=True, timeout=VLLM_S, check=False,
-            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "4"},
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [str(python), str(script), str(file)], capture_output=True, text=True, timeout=VLLM_S, check=False,
+                env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "4"},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise AnabranchError(f"vLLM has not ended in {VLLM_S} s") from None
         if done.returncode or not told.exists():
             raise AnabranchError(f"vLLM ended with {done.returncode}: {done.stderr[-1500:]}")
         return [rate_of_parts(**one) for one in json.loads(told.read_text())]

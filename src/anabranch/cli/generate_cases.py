@@ -102,6 +102,12 @@ def entering_tokens(case: GenerateCase) -> int:
     return case.batch * case.prompt_tokens // CHUNK + 16
 
 
+def fit(case: GenerateCase, positions: int) -> GenerateCase:
+    """The case with as many new tokens as a model of so many positions has room for."""
+    room = positions - case.prompt_tokens - entering_tokens(case)
+    return replace(case, new_tokens=min(case.new_tokens, room))
+
+
 def write_model(folder: Path) -> None:
     """A Qwen3-MoE of 140 M parameters with random weights: speed and memory do not depend on what they say."""
     torch.manual_seed(0)

@@ -19,7 +19,6 @@ ApiKey = Annotated[
     str | None, typer.Option(envvar="ANABRANCH_API_KEY", help="what clients must send", show_default=False)
 ]
 Name = Annotated[str | None, typer.Option(help="of the model, for clients [default: the folder's]")]
-Speculate = Annotated[int, typer.Option(help="tokens guessed ahead at most, where that pays")]
 Chunk = Annotated[int, typer.Option(help="prompt tokens a step")]
 MaxTokens = Annotated[int, typer.Option(help="prompt and new tokens of an answer")]
 MaxRequests = Annotated[int, typer.Option(help="requests computed at once")]
@@ -43,7 +42,7 @@ def serve(
     memory_limit_mib: options.MemoryLimit = None,
     threads: options.Threads = None,
     step: options.Step = "auto",
-    speculate: Speculate = 0,
+    speculate: options.Speculate = 0,
     slots: options.Slots = 32,
     chunk: Chunk = 512,
     max_tokens: MaxTokens = 4096,

@@ -6,6 +6,7 @@ Shape suffixes as in serving/step/base.py.
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from anabranch.scheduling.scheduler import Part, Scheduler
 from anabranch.scheduling.speculation import Speculator
 from anabranch.serving.decoder import read_decoder
 from anabranch.serving.evictor import Evictor
-from anabranch.serving.loading import load_model
+from anabranch.serving.loading import load_model, positions_of
 from anabranch.serving.pools import KvShape, allocate, first_page
 from anabranch.serving.sampler import sample
 from anabranch.serving.settings import EngineSettings
@@ -63,7 +64,8 @@ class Engine:
         self.settings = settings or EngineSettings()
         if self.settings.memory_limit_mib is not None and checkpoint is None:
             raise ConfigError("this model is in memory; use Engine.from_folder", setting="memory_limit_mib")
-        self.limits = self.settings.limits
+        limits = self.settings.limits
+        self.limits = replace(limits, tokens=min(limits.tokens, positions_of(model.config)))
         self.why_not_native: str | None = None
         weights = self.settings.dtype or str(model.dtype).removeprefix("torch.")
         dtype = "bfloat16" if weights == "int8" else weights
@@ -177,15 +179,26 @@ class Engine:
     ) -> list[Completion]:
         """Run all requests to their ends. Completions come in the order of requests and samples; `each` is called
         as one is done."""
-        numbered = {chain: i for i, request in enumerate(requests) for chain in self.submit(request)}
+        numbered: dict[Chain, int] = {}
         done: dict[Chain, Completion] = {}
-        while len(done) < len(numbered):
-            for chain in self.advance():
-                if chain.end is not None and chain in numbered:
-                    done[chain] = self.completion(chain, numbered[chain])
-                    if each is not None:
-                        each(done[chain])
+        try:
+            for i, request in enumerate(requests):
+                numbered |= dict.fromkeys(self.submit(request), i)
+            while len(done) < len(numbered):
+                for chain in self.advance():
+                    if chain.end is not None and chain in numbered:
+                        done[chain] = self.completion(chain, numbered[chain])
+                        if each is not None:
+                            each(done[chain])
+        finally:  # where a request is wrong, or `each` fails
+            for chain in numbered.keys() - done.keys():
+                self.forget(chain)
         return [done[chain] for chain in numbered]
+
+    def forget(self, chain: Chain) -> None:
+        """Cancel a chain of which no completion is wanted."""
+        self.cancel(chain)
+        self.logprobs.pop(chain, None)
 
     def completion(self, chain: Chain, number: int = 0) -> Completion:
         """What an ended chain has become; the engine then forgets it."""
@@ -224,7 +237,8 @@ class Engine:
         if above is None:
             return None
         if not isinstance(self.step, NativeStep):
-            raise ConfigError("only the native step weighs pages; leave it out", setting="evict_above")
+            why = "" if self.why_not_native is None else f", which is not to be had: {self.why_not_native}"
+            raise ConfigError(f"only the native step weighs pages{why}; leave it out", setting="evict_above")
         self.step.weighing = True
         evictor = Evictor(self.scheduler, above, self.kv_shape, kv_dtype, self.pools[kv_dtype])
         self.watchers.append(evictor.weigh)
@@ -242,9 +256,14 @@ class Engine:
                 if wants == "native":
                     raise
                 self.why_not_native = str(error)
-        if str(model.dtype) != f"torch.{weights}":
-            raise ConfigError(f"the torch step runs the model as it is, {model.dtype}", setting="dtype")
-        return TorchStep(model, self.kv_shape, self.pools)
+        try:
+            if str(model.dtype) != f"torch.{weights}":
+                raise ConfigError(f"the torch step runs the model as it is, {model.dtype}", setting="dtype")
+            return TorchStep(model, self.kv_shape, self.pools)
+        except ConfigError as error:
+            if self.why_not_native is None:
+                raise
+            raise ConfigError(f"{error}; the native step is not to be had: {self.why_not_native}") from error
 
     def _limited(self, skeleton: PreTrainedModel, weights: str, checkpoint: Checkpoint) -> Step:
         limit_mib, folder = self.settings.memory_limit_mib, Path(self.settings.store_folder)

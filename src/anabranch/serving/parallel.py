@@ -91,8 +91,7 @@ class ParallelEngine:
         finally:
             if not fine:
                 for chain in [*self.engine.scheduler.waiting, *self.engine.scheduler.running]:
-                    self.engine.cancel(chain)
-                    self.engine.logprobs.pop(chain, None)
+                    self.engine.forget(chain)
                 if not self._told and not self._step.inside:
                     self._sum(1, 0, 0)
 
