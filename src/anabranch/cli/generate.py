@@ -48,7 +48,7 @@ StoreFolder = Annotated[str, typer.Option(help="where these are kept, packed, fo
 Slots = Annotated[int, typer.Option(help="samples computed at once")]
 Speculate = Annotated[int, typer.Option(help="tokens guessed ahead at most, where that pays")]
 Threads = Annotated[int | None, typer.Option(help="of the native step [default: all cores]")]
-Step = Annotated[str, typer.Option(help="auto, native (C++) or torch")]
+Step = Annotated[str, typer.Option(help="auto, native (C++), torch or compiled")]
 Ranks = Annotated[int, typer.Option(min=1, help="processes that experts are spread over")]
 Planner = Annotated[str, typer.Option(help="who computes which rows, over several ranks; as in train")]
 Transport = Annotated[str, typer.Option(help="how rows travel between ranks; as in train")]

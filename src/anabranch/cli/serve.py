@@ -39,7 +39,9 @@ def serve(
     kv_memory_mib: options.KvMemory = 512,
     evict_above: options.EvictAbove = None,
     spill_mib: options.Spill = 0,
+    spill_folder: options.SpillFolder = None,
     memory_limit_mib: options.MemoryLimit = None,
+    store_folder: options.StoreFolder = EngineSettings.store_folder,
     threads: options.Threads = None,
     step: options.Step = "auto",
     speculate: options.Speculate = 0,
@@ -60,7 +62,8 @@ def serve(
     quiet()
     engine = EngineSettings(
         dtype, kv_dtype, kv_memory_mib, threads, step, Limits(slots, chunk, max_tokens), speculate,
-        memory_limit_mib=memory_limit_mib, evict_above=evict_above, spill_mib=spill_mib,
+        memory_limit_mib=memory_limit_mib, store_folder=store_folder, evict_above=evict_above, spill_mib=spill_mib,
+        spill_folder=spill_folder,
     )  # fmt: skip
     settings = ServerSettings(
         host, port, api_key or None, max_body_bytes, max_requests, max_queue, drain_s=drain_s, engine=engine
