@@ -8,11 +8,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
 
 from anabranch.cli.generate_cases import (
     BATCHED,
@@ -95,19 +96,29 @@ def _transformers(folder: Path, cases: list[GenerateCase]) -> list[Rate]:
     return [_transformers_once(folder, model, case) for case in cases]
 
 
+class _Clock(StoppingCriteria):
+    """Stops nothing: notes when each token of all chains is there."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        self.times_s.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def _transformers_once(folder: Path, model: Any, case: GenerateCase) -> Rate:
-    ids, cache = torch.tensor(prompts_of(folder, case.batch, case.prompt_tokens)), None
-    part = max(2, case.new_tokens // ROUNDS)
-    rates: list[float] = []
-    for _ in range(1 + ROUNDS):  # the first has the prompts in it
-        began_s = time.perf_counter()
-        found = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=part, min_new_tokens=part,
-            do_sample=False, pad_token_id=0, return_dict_in_generate=True,
-        )  # fmt: skip
-        rates.append(case.batch * part / (time.perf_counter() - began_s))
-        ids, cache = found.sequences, found.past_key_values
-    return rate_of_parts(rates[1:], resident_bytes() / MIB)
+    ids, clock = torch.tensor(prompts_of(folder, case.batch, case.prompt_tokens)), _Clock()
+    part = max(1, case.new_tokens // ROUNDS)
+    tokens = 1 + ROUNDS * part  # the first has the prompts before it
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+        pad_token_id=0, stopping_criteria=[clock],
+    )  # fmt: skip
+    marks_s = clock.times_s[::part]
+    return rate_of_parts(
+        [case.batch * part / (end - begin) for begin, end in pairwise(marks_s)], resident_bytes() / MIB
+    )
 
 
 def _transformers_batch(folder: Path, cases: list[GenerateCase]) -> list[Rate]:
