@@ -123,6 +123,28 @@ def codecs_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def generate_table(result: dict[str, Any]) -> str:
+    """Tokens a second of the model with random weights, and how many times those of other engines that is."""
+    others = {"transformers": "transformers", "vLLM": "vllm", "llama.cpp": "llama_cpp"}
+    lines = [
+        f"| weights | prompt | chains | tokens/s | of the roof | {' | '.join(f'over {name}' for name in others)} |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows = [row for row in result["rows"] if row["model"] == "random" and row["samples"] == 1]
+    keys = ("dtype", "prompt_tokens", "batch")
+    usual = [row for row in rows if row["new_tokens"] < 1024 and row["kv_dtype"] != "int8"]
+    found = {(row["engine"], *(row[key] for key in keys)): row["tokens_per_s"] for row in usual}
+    for row in usual:
+        if row["engine"] == "anabranch":
+            size = tuple(row[key] for key in keys)
+            theirs = [found.get((engine, *size)) for engine in others.values()]
+            ratios = " | ".join(f"{row['tokens_per_s'] / rate:.2f}" if rate else "" for rate in theirs)
+            lines.append(
+                f"| {' | '.join(map(str, size))} | {row['tokens_per_s']:,.0f} | {row['roof_fraction']:.0%} | {ratios} |"
+            )
+    return "\n".join(lines)
+
+
 def machine_line(result: dict[str, Any]) -> str:
     """Where a result was measured."""
     m = result["machine"]
@@ -133,6 +155,7 @@ TABLES = {
     "balance": lambda result: balance_table(result, 2),
     "cluster": cluster_table,
     "codecs": codecs_table,
+    "generate": generate_table,
     "planner": planner_table,
     "validation": validation_table,
     "memory": memory_table,

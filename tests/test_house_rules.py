@@ -28,7 +28,7 @@ HOT = ("experts", "transport")  # a host synchronisation here stalls every layer
 
 FILE_LINES, FILE_LINES_HARD = 300, 500
 FUNCTION_LINES, FUNCTION_LINES_HARD = 40, 80
-PACKAGE_LINES = 28_500  # 20,000 in the design; raised in writing, docs/map.md says why
+PACKAGE_LINES = 29_000  # 20,000 in the design; raised in writing, docs/map.md says why
 
 LONG_FILES: dict[str, str] = {}  # "experts/adaptive.py": reason
 LONG_FUNCTIONS = {
@@ -40,6 +40,8 @@ LATE_IMPORTS = {
     "__init__.py::enable": "importing a room of the mind runs this file and must not import torch",
     "costs/training/efficiency.py::fit_efficiency": "scipy takes as long to load as a plan; only fitting needs it",
     "costs/training/residual.py::fit_residual": "likewise",
+    "cli/llama_decode.py::write_gguf": "of packages that only a benchmark compares with",
+    "cli/llama_decode.py::__init__": "likewise",
     "cli/serve.py::serve": "the web server is an extra; every other command works without it",
 }
 HOST_SYNCS = {

@@ -165,13 +165,13 @@ def test_an_interrupted_grid_goes_on(tmp_path):
     with pytest.raises(ConfigError, match="measured with cpu another"):
         Book(file, settings)
     file.write_text("[]")
-    with pytest.raises(ConfigError, match=r"json: .* holds no cells"):
+    with pytest.raises(ConfigError, match=r"json: .* holds no rows"):
         Book(file, settings)
     deep = "[" * 100_000 + "]" * 100_000
     for broken in ([{}], [1], [cell[0]], [{**cell[0], "step_ms_median": "soon"}, *cell[1:]], deep):
         rows = broken if broken is deep else json.dumps(broken)
         file.write_text(f'{{"machine": {json.dumps(held["machine"])}, "rows": {rows}}}')
-        with pytest.raises(ConfigError, match=r"json: .* holds no cells"):
+        with pytest.raises(ConfigError, match=r"json: .* holds no rows"):
             Book(file, settings)
 
 

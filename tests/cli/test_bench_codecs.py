@@ -61,7 +61,7 @@ def test_an_interrupted_file_is_taken_up_after_its_last_whole_seed(tmp_path):
     lossless = {**rows[1], "eval_loss_change_percent": None}
     for broken in ([{}], [1], rows[1:], [{**rows[0], "seed": 1}], [rows[0], lossless]):
         file.write_text(json.dumps({"machine": about(200), "rows": broken}))
-        with pytest.raises(ConfigError, match=r"json: .* holds no cells"):
+        with pytest.raises(ConfigError, match=r"json: .* holds no rows"):
             whole_seeds(file, 200)
 
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from anabranch.cli.bench_generate import Model, bench_generate, measure_roofs, require_vllm
+from anabranch.cli.bench_generate import (
+    Model,
+    about_generate,
+    bench_generate,
+    held_rows,
+    measure_roofs,
+    require_vllm,
+)
 from anabranch.cli.generate_cases import (
     OURS,
     TRANSFORMERS,
@@ -18,6 +25,7 @@ from anabranch.cli.generate_cases import (
     vllm_cases,
 )
 from anabranch.cli.generate_engines import rate_of_runs
+from anabranch.cli.results import write_results
 from anabranch.errors import ConfigError
 from anabranch.training.presets import presets
 
@@ -35,7 +43,17 @@ def test_two_engines_decode_a_toy_model(tmp_path: Path) -> None:
         GenerateCase(OURS, "float32", 2, 24, 9, kv_dtype="int8"),
         GenerateCase(TRANSFORMERS, "float32", 2, 24, 4, kv_dtype="float32"),
     ]
-    rows = [row for more in bench_generate([Model("toy", tmp_path / "toy")], cases, None) for row in more]
+    toy = [Model("toy", tmp_path / "toy")]
+    rows = [row for more in bench_generate(toy, cases, None) for row in more]
+    assert list(bench_generate(toy, cases, None, rows)) == []
+    file = tmp_path / "rows.json"
+    write_results(file, rows, about_generate(quick=True))
+    assert held_rows(file, quick=True) == rows
+    with pytest.raises(ConfigError, match="measured with quick True"):
+        held_rows(file, quick=False)
+    file.write_text(file.read_text().replace('"engine"', '"motor"'))
+    with pytest.raises(ConfigError, match="holds no rows"):
+        held_rows(file, quick=True)
     assert [row["engine"] for row in rows] == [OURS, OURS, TRANSFORMERS]
     for row in rows:
         assert row.keys() >= WANTED

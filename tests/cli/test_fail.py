@@ -59,17 +59,22 @@ def test_a_command_that_is_asked_to_end_unwinds(number):
         finally:
             unwound.append(number)
 
-    with pytest.raises(SystemExit) as caught:
-        command()
-    assert caught.value.code == 128 + number
-    assert unwound == [number]
-    assert signal.getsignal(number) == signal.SIG_DFL
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            command()
+        assert caught.value.code == 128 + number
+        assert unwound == [number]
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_rank_is_ended_by_its_agent_at_once(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("RANK", "1")
-    assert fails_clearly(lambda: signal.getsignal(signal.SIGTERM))() == signal.SIG_DFL
+    before = signal.getsignal(signal.SIGTERM)
+    assert fails_clearly(lambda: signal.getsignal(signal.SIGTERM))() is before
 
 
 def test_what_nobody_expected_keeps_its_traceback():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,47 @@ def test_preempted_chains_go_on_as_if_they_had_not_been(step: str) -> None:
         for page in taken:
             pool.give_back(page)
         assert tokens_of(done) == references(family, new)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_is_that_of_transformers_with_everything_at_once(family: str, tmp_path: Path) -> None:
+    """Mixed lengths, chunks, shared prompts, preemption with a tier on disk, guesses."""
+    made_with = {"kv_memory_mib": 1, "spill_mib": 16, "spill_folder": str(tmp_path), "speculate": 4}
+    new, requests = 50, [Request(p, 50, samples=1 + (len(p) == 100)) for p in PROMPTS]
+    with engine(family, **made_with) as made:
+        pool = made.scheduler.pool
+        taken = [pool.take() for _ in range(pool.pages - 14)]
+        done = made.generate(requests)
+        tally = made.scheduler.tally
+        assert min(tally.preempted, tally.fetched, tally.reused, tally.accepted) > 0, tally
+        for page in taken:
+            pool.give_back(page)
+    expected = references(family, new)
+    assert tokens_of(done) == [*expected, expected[-1]]
+
+
+def test_what_a_failing_run_leaves_behind_is_nothing() -> None:
+    family = "qwen3_moe"
+    fine = [Request(p, NEW) for p in PROMPTS]
+    with engine(family) as made:
+        with pytest.raises(ConfigError, match="vocabulary"):
+            made.generate([*fine, Request((999,), NEW)])
+        assert made.scheduler.idle
+
+        def refuse(completion: Completion) -> None:
+            raise LookupError(completion.request)
+
+        with pytest.raises(LookupError):
+            made.generate(fine, refuse)
+        assert made.scheduler.idle
+        assert tokens_of(made.generate(fine[:1])) == references(family)[:1]
+
+
+def test_a_chain_is_no_longer_than_the_positions_of_its_model() -> None:
+    with engine("llama", limits=Limits(slots=2, tokens=4096)) as made:
+        assert made.limits.tokens == 512
+        with pytest.raises(ConfigError, match="512"):
+            made.submit(Request(PROMPTS[0], 508))
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -203,5 +245,8 @@ def test_without_a_compiler_the_engine_says_so(monkeypatch: pytest.MonkeyPatch) 
             ]
         with pytest.raises(BuildError, match="install g"), engine("llama", "native"):
             pass
+        for asked in ({"dtype": "int8"}, {"kv_dtype": "int8"}, {"evict_above": 256}):
+            with pytest.raises(ConfigError, match="no C\\+\\+ compiler"), engine("llama", "auto", **asked):
+                pass
     finally:
         library.library.cache_clear()

@@ -96,3 +96,19 @@ def test_a_refresh_waits_for_running_chains() -> None:
         engine.engine.submit(requests()[0])
         with pytest.raises(ConfigError, match="chains still run"):
             engine.refresh()
+
+
+@pytest.mark.parametrize("step", ["native", "torch"])
+def test_a_rollout_after_one_that_failed_has_its_own_routing(step) -> None:
+    with RolloutEngine(toy(), settings(step)) as engine:
+        alone = engine.generate(requests()[:1])
+        with pytest.raises(ConfigError, match="vocabulary"):
+            engine.generate([*requests(), Request((10**6,), 4)])
+        engine.engine.watchers.append(lambda *_: 1 / 0)  # a step that fails once it has computed
+        with pytest.raises(ZeroDivisionError):
+            engine.generate(requests())
+        engine.engine.watchers.pop()
+        again = engine.generate(requests()[:1])
+    assert [(r.tokens, r.routing_LTK.tolist()) for r in again] == [
+        (r.tokens, r.routing_LTK.tolist()) for r in alone
+    ]

@@ -29,7 +29,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**EXPERTS, "norm_topk_prob": True},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 56},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
+    "qwen2": {},
     "qwen3": {},
+    "mistral": {"sliding_window": None},
     "llama": {"tie_word_embeddings": True},
 }
 

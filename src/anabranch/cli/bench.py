@@ -9,7 +9,14 @@ import typer
 
 from anabranch.cli.bench_balance import BalanceBench
 from anabranch.cli.bench_codecs import RUNS, about, bench_codecs, summary, whole_seeds
-from anabranch.cli.bench_generate import Model, bench_generate, require_vllm, train_small
+from anabranch.cli.bench_generate import (
+    Model,
+    about_generate,
+    bench_generate,
+    held_rows,
+    require_vllm,
+    train_small,
+)
 from anabranch.cli.bench_kv import bench_kv, train_tiny
 from anabranch.cli.bench_memory import memory
 from anabranch.cli.bench_planner import bench_planner
@@ -18,8 +25,17 @@ from anabranch.cli.cluster_book import Book
 from anabranch.cli.cluster_grid import MODEL, Measuring, cases_of_model, full_grid, measure, quick_grid
 from anabranch.cli.cluster_verdict import verdict
 from anabranch.cli.fail import fails_clearly
-from anabranch.cli.generate_cases import RANDOM, TRAINED, full_cases, quick_cases, vllm_cases, write_model
+from anabranch.cli.generate_cases import (
+    RANDOM,
+    TRAINED,
+    full_cases,
+    llama_cases,
+    quick_cases,
+    vllm_cases,
+    write_model,
+)
 from anabranch.cli.launch import launch
+from anabranch.cli.llama_decode import have_llama
 from anabranch.cli.process import refuse_torchrun, usable_cores
 from anabranch.cli.results import require_json_file, show_rows, write_results
 from anabranch.cli.skew_grid import skew
@@ -176,27 +192,31 @@ def generate(
     ] = None,
     engine: Annotated[list[str] | None, typer.Option(help="only this engine; repeatable")] = None,
 ) -> None:
-    """Decode by each engine, beside this machine's roofs, measured in the same run."""
+    """Decode by each engine, beside this machine's roofs, measured in the same run.
+
+    llama.cpp is measured where `llama_cpp` and `gguf` import. Engines that FILE of --json holds are not measured again.
+    """
     require_json_file(json_file)
     require_vllm(vllm_python)
     cases = quick_cases() if quick else full_cases()
-    cases += vllm_cases(cases) if vllm_python is not None else []
+    theirs = vllm_cases(cases) if vllm_python is not None else []
+    cases += theirs + (llama_cases(cases) if have_llama() else [])
     if unknown := set(engine or ()) - {case.engine for case in cases}:
         known = ", ".join(dict.fromkeys(case.engine for case in cases))
         raise ConfigError(f"{sorted(unknown)[0]!r} is not measured; choose of {known}", setting="engine")
     cases = [case for case in cases if case.engine in (engine or (case.engine,))]
-    rows: list[dict[str, Any]] = []
+    rows = held_rows(json_file, quick)
     with tempfile.TemporaryDirectory(prefix="anabranch-generate-") as name:
         folder = Path(name)
         write_model(folder / RANDOM)
         models = [Model(RANDOM, folder / RANDOM)]
         if not quick:
             models.append(Model(TRAINED, train_small(trained or folder)))
-        for more in bench_generate(models, cases, vllm_python):
+        for more in bench_generate(models, cases, vllm_python, rows):
             rows += more
             show_rows(more, GENERATE_COLUMNS)
-            # After each engine: an interruption keeps what was measured.
-            write_results(json_file, rows)
+            # After each engine: an interruption keeps what was measured, and the next call goes on from there.
+            write_results(json_file, rows, about_generate(quick))
 
 
 @bench.command()

@@ -1,30 +1,45 @@
 """`anabranch bench generate`: how fast engines decode, beside what this machine could do at most."""
 
 import json
+import math
 import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from anabranch.cli.generate_cases import TRAINED, VLLM, GenerateCase, Sizes, prompts_of, sizes_of
-from anabranch.cli.generate_engines import ROUNDS, Rate, rate_of_runs
+from anabranch.cli.cluster_book import comparable, rows_of
+from anabranch.cli.generate_cases import (
+    TRAINED,
+    VLLM,
+    GenerateCase,
+    Sizes,
+    entering_tokens,
+    fit,
+    prompts_of,
+    sizes_of,
+)
+from anabranch.cli.generate_engines import ROUNDS, Rate, rate_of_parts
 from anabranch.cli.launch import launch
 from anabranch.costs.decode import Roof, decode_bound
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.scheduling.pages import PAGE
+from anabranch.serving.loading import load_config, positions_of
 from anabranch.training.config import RunConfig
 
 GIB = 1 << 30
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}
 ROOF_S = 1.5
 TRAIN_STEPS = 60
-VLLM_S = 900
+VLLM_S = 7200
+# Where the code of a row starts.
+ENTRIES = ("anabranch.cli.bench_generate", "anabranch.cli.generate_engines")
 
 
 class Model(NamedTuple):
@@ -37,8 +52,8 @@ class Model(NamedTuple):
 def measure_roofs() -> dict[str, Roof]:
     """Of each precision of products, with all cores: torch's sum of 256 MiB, and its product of 2,048 squared.
 
-    int8 weights are multiplied as bf16 by most engines, and by this machine's integer products at best: its roof is
-    that of torch's int8 product.
+    A precision is never slower than those wider than it, which it could be widened to: without products of its own a
+    processor multiplies bf16 as fp32.
     """
     torch.set_num_threads(os.cpu_count() or 1)
     much = torch.rand(1 << 26)
@@ -51,7 +66,8 @@ def measure_roofs() -> dict[str, Roof]:
         "bfloat16": lambda: half @ half,
         "int8": lambda: torch._int_mm(whole, whole),
     }
-    return {name: Roof(read_gbps, 2 * n**3 / _least_s(product) / 1e9) for name, product in products.items()}
+    gflops = accumulate((2 * n**3 / _least_s(product) / 1e9 for product in products.values()), max)
+    return {name: Roof(read_gbps, most) for name, most in zip(products, gflops, strict=True)}
 
 
 def _least_s(work: Callable[[], Any]) -> float:
@@ -65,16 +81,25 @@ def _least_s(work: Callable[[], Any]) -> float:
 
 
 def bench_generate(
-    models: list[Model], cases: list[GenerateCase], vllm_python: Path | None
+    models: list[Model],
+    cases: list[GenerateCase],
+    vllm_python: Path | None,
+    held: Sequence[dict[str, Any]] = (),
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows, as engines come to be measured: each in a process of its own, those of one dtype one after the other."""
+    """Rows, as engines come to be measured: each in a process of its own, those of one dtype one after the other.
+
+    held: rows of an interrupted run; what has some is not measured again.
+    """
+    known = {(row["model"], row["engine"], row["dtype"]) for row in held}
     roofs = measure_roofs()
     for model in models:
-        sizes = sizes_of(model.folder)
+        sizes, most = sizes_of(model.folder), positions_of(load_config(model.folder))
         groups: dict[tuple[str, str], list[GenerateCase]] = {}
-        for case in sorted(cases, key=lambda c: c.dtype):
+        for case in sorted((fit(case, most) for case in cases), key=lambda c: c.dtype):
             groups.setdefault((case.engine, case.dtype), []).append(case)
-        for (engine, _), group in groups.items():
+        for (engine, dtype), group in groups.items():
+            if (model.name, engine, dtype) in known:
+                continue
             if engine == VLLM:
                 assert vllm_python is not None
                 rates = vllm_rates(model.folder, group, vllm_python)
@@ -82,6 +107,24 @@ def bench_generate(
                 settings = {"model": str(model.folder), "cases": [asdict(case) for case in group]}
                 rates = [Rate(**rate) for rate in launch("measure_generate", settings, 1)["rates"]]
             yield [_row(model, sizes, roofs, c, rate) for c, rate in zip(group, rates, strict=True)]
+
+
+def held_rows(json_file: Path | None, quick: bool) -> list[dict[str, Any]]:
+    """Rows that an interrupted benchmark left in the file. Raises ConfigError as `rows_of`."""
+    if json_file is None or not json_file.exists():
+        return []
+
+    def judge(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            if not {"model", "engine", "dtype"} <= row.keys() or not 0 < row["tokens_per_s"] < math.inf:
+                raise ValueError("a row is of something else")
+
+    return rows_of(json_file, about_generate(quick), judge)
+
+
+def about_generate(quick: bool) -> dict[str, Any]:
+    """What rows of one file have in common."""
+    return comparable({"quick": quick}, ENTRIES)
 
 
 def _row(
@@ -114,10 +157,17 @@ def vllm_rates(folder: Path, cases: list[GenerateCase], python: Path) -> list[Ra
     job = {
         "model": str(folder),
         "dtype": cases[0].dtype,
-        "rounds": ROUNDS + 1,
-        "tokens": max(case.prompt_tokens + case.new_tokens for case in cases) + 16,
+        "rounds": ROUNDS,
+        "tokens": max(case.prompt_tokens + case.new_tokens + entering_tokens(case) for case in cases),
         "chains": max(case.batch for case in cases),
-        "cases": [{**asdict(case), "prompts": _fresh_prompts(folder, case)} for case in cases],
+        "cases": [
+            {
+                **asdict(case),
+                "most_tokens": case.new_tokens + entering_tokens(case),
+                "prompts": prompts_of(folder, case.batch // case.samples, case.prompt_tokens),
+            }
+            for case in cases
+        ],
     }
     script = Path(__file__).parent / "vllm_decode.py"
     with tempfile.TemporaryDirectory(prefix="anabranch-vllm-") as name:
@@ -126,24 +176,16 @@ def vllm_rates(folder: Path, cases: list[GenerateCase], python: Path) -> list[Ra
         file.write_text(json.dumps({**job, "told": str(told)}))
         # On CPU vLLM keeps one core for itself unless told which to use.
         cores = f"0-{(os.cpu_count() or 1) - 1}"
-        done = subprocess.run(
-            [str(python), str(script), str(file)], capture_output=True, text=True, timeout=VLLM_S, check=False,
-            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "4"},
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [str(python), str(script), str(file)], capture_output=True, text=True, timeout=VLLM_S, check=False,
+                env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "4"},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise AnabranchError(f"vLLM has not ended in {VLLM_S} s") from None
         if done.returncode or not told.exists():
             raise AnabranchError(f"vLLM ended with {done.returncode}: {done.stderr[-1500:]}")
-        seconds_of_cases = json.loads(told.read_text())
-    return [
-        rate_of_runs(case, seconds["one"], seconds["all"], seconds["resident_mib"])
-        for case, seconds in zip(cases, seconds_of_cases, strict=True)
-    ]
-
-
-def _fresh_prompts(folder: Path, case: GenerateCase) -> list[list[list[int]]]:
-    """Prompts of each of its runs: of no run twice, since vLLM remembers them."""
-    count = case.batch // case.samples
-    prompts = prompts_of(folder, 2 * (ROUNDS + 1) * count, case.prompt_tokens)
-    return [prompts[i : i + count] for i in range(0, len(prompts), count)]
+        return [rate_of_parts(**one) for one in json.loads(told.read_text())]
 
 
 def require_vllm(python: Path | None) -> None:

@@ -18,10 +18,14 @@ ENTRIES = ("anabranch.cli.bench_cluster", "anabranch.lab.cluster", "anabranch.cl
 
 
 def code_version(entries: Sequence[str] = ENTRIES) -> str:
-    """A digest of everything that `entries` import of this package, and of the versions of what they call."""
-    digest = hashlib.sha256()
-    for name in sorted(_closure(entries)):
+    """A digest of everything that `entries` import of this package, C++ beside it included, and of the versions of what
+    they call."""
+    digest, modules = hashlib.sha256(), sorted(_closure(entries))
+    for name in modules:
         digest.update(name.encode() + _source(name).encode())
+    for folder in sorted({_file(name).parent for name in modules}):
+        for file in sorted([*folder.glob("*.cpp"), *folder.glob("*.h")]):
+            digest.update(file.read_bytes())
     for package in ("torch", "transformers", "numpy"):
         digest.update(f"{package} {version(package)}".encode())
     return digest.hexdigest()[:12]
@@ -43,7 +47,7 @@ def rows_of(json_file: Path, settings: dict[str, Any], judge: Callable[[list[Row
             judge(rows)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{json_file} holds no cells of this benchmark ({type(error).__name__}: {error}); name another file",
+            f"{json_file} holds no rows of this benchmark ({type(error).__name__}: {error}); name another file",
             setting="json",
         ) from error
     if rows and other:
@@ -114,6 +118,10 @@ def _is_module(name: str) -> bool:
 
 
 def _source(name: str) -> str:
+    return _file(name).read_text(encoding="utf-8")
+
+
+def _file(name: str) -> Path:
     spec = find_spec(name)
     assert spec is not None and spec.origin is not None
-    return Path(spec.origin).read_text(encoding="utf-8")
+    return Path(spec.origin)

@@ -87,14 +87,15 @@ def _ending_in_order() -> Generator[None]:
     def leave(number: int, _: object) -> None:
         raise SystemExit(SIGNALLED + number)
 
-    heeded = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
-    for number in heeded:  # nohup's stays, and that of a program which calls this one
-        signal.signal(number, leave)
+    heeded = [
+        n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN
+    ]  # nohup's stays
+    before = {number: signal.signal(number, leave) for number in heeded}
     try:
         yield
     finally:
-        for number in heeded:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _launcher_signals() -> tuple[type[BaseException], ...]:

@@ -46,8 +46,9 @@ SpillFolder = Annotated[str | None, typer.Option(help="where to keep these [defa
 MemoryLimit = Annotated[int | None, typer.Option(help="MiB for weights; other experts stay on disk")]
 StoreFolder = Annotated[str, typer.Option(help="where these are kept, packed, for this run and later ones")]
 Slots = Annotated[int, typer.Option(help="samples computed at once")]
+Speculate = Annotated[int, typer.Option(help="tokens guessed ahead at most, where that pays")]
 Threads = Annotated[int | None, typer.Option(help="of the native step [default: all cores]")]
-Step = Annotated[str, typer.Option(help="auto, native (C++) or torch")]
+Step = Annotated[str, typer.Option(help="auto, native (C++), torch or compiled")]
 Ranks = Annotated[int, typer.Option(min=1, help="processes that experts are spread over")]
 Planner = Annotated[str, typer.Option(help="who computes which rows, over several ranks; as in train")]
 Transport = Annotated[str, typer.Option(help="how rows travel between ranks; as in train")]
@@ -86,6 +87,7 @@ def generate(
     spill_folder: SpillFolder = None,
     memory_limit_mib: MemoryLimit = None,
     store_folder: StoreFolder = EngineSettings.store_folder,
+    speculate: Speculate = 0,
     slots: Slots = 32,
     threads: Threads = None,
     step: Step = "auto",
@@ -135,7 +137,7 @@ def generate_rank(settings: dict[str, Any]) -> dict[str, Any]:
 # What may differ between a run and the one that it goes on from: it changes no sample beyond rounding.
 FREE = (
     "out", "kv_memory_mib", "spill_mib", "spill_folder", "memory_limit_mib", "store_folder", "slots", "threads", "step",
-    "resume", "overwrite", "json_out", "ranks", "planner", "transport",
+    "speculate", "resume", "overwrite", "json_out", "ranks", "planner", "transport",
 )  # fmt: skip
 
 

@@ -16,8 +16,10 @@ from anabranch.costs.decode import DecodeShape
 from anabranch.serving.engine import kv_shape_of
 from anabranch.serving.pools import KvShape
 
+CHUNK = 512
 RANDOM, TRAINED = "random", "small"
-OURS, TRANSFORMERS, BATCHED, VLLM = "anabranch", "transformers", "transformers_batch", "vllm"
+OURS, TRANSFORMERS, BATCHED = "anabranch", "transformers", "transformers_batch"
+VLLM, LLAMA = "vllm", "llama_cpp"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def full_cases() -> list[GenerateCase]:
     ]
     ours += [GenerateCase(OURS, batch=b, new_tokens=4096) for b in (1, 8)]
     theirs = [
-        replace(case, engine=TRANSFORMERS, new_tokens=16)
+        replace(case, engine=TRANSFORMERS, new_tokens=24)
         for case in ours
         if case.dtype != "int8"
         and case.kv_dtype == case.dtype
@@ -84,6 +86,26 @@ def vllm_cases(cases: list[GenerateCase]) -> list[GenerateCase]:
         for case in cases
         if case.engine == OURS and case.dtype != "int8" and case.kv_dtype == case.dtype
     ]
+
+
+def llama_cases(cases: list[GenerateCase]) -> list[GenerateCase]:
+    """Of our cases those that llama.cpp can run too."""
+    return [
+        replace(case, engine=LLAMA)
+        for case in cases
+        if case.engine == OURS and case.samples == 1 and case.kv_dtype != "int8"
+    ]
+
+
+def entering_tokens(case: GenerateCase) -> int:
+    """What the first chains may decode while the prompts of others enter, CHUNK tokens a step, and some more."""
+    return case.batch * case.prompt_tokens // CHUNK + 16
+
+
+def fit(case: GenerateCase, positions: int) -> GenerateCase:
+    """The case with as many new tokens as a model of so many positions has room for."""
+    room = positions - case.prompt_tokens - entering_tokens(case)
+    return replace(case, new_tokens=min(case.new_tokens, room))
 
 
 def write_model(folder: Path) -> None:

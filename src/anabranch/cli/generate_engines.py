@@ -1,19 +1,31 @@
 """One engine at a time decodes: tokens a second with all chains running, and the memory it then holds.
 
-Ours is timed step by step once every prompt is in. The others are timed whole: a run of many new tokens less a run
-of one, both on prompts that nobody has seen before.
+Each is timed once every prompt is in, over some parts of the new tokens. `generate_batch` of transformers cannot be
+stopped there: of it a run of many new tokens less a run of one is timed, both on prompts that it has not seen before.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
 
-from anabranch.cli.generate_cases import BATCHED, OURS, TRANSFORMERS, GenerateCase, prompts_of
+from anabranch.cli.generate_cases import (
+    BATCHED,
+    CHUNK,
+    LLAMA,
+    OURS,
+    TRANSFORMERS,
+    GenerateCase,
+    entering_tokens,
+    prompts_of,
+)
+from anabranch.cli.llama_decode import llama_rounds
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.pages import PAGE, pages_of
 from anabranch.scheduling.sampling import Sampling
@@ -22,8 +34,7 @@ from anabranch.serving.engine import Engine, EngineSettings
 from anabranch.telemetry.memory import resident_bytes
 
 MIB = 1 << 20
-CHUNK = 512
-# Parts of our run, and runs of the others: their median counts, and their spread is told.
+# Parts of a run: their median counts, and their spread is told.
 ROUNDS = 3
 
 
@@ -49,9 +60,7 @@ def _ours(folder: Path, cases: list[GenerateCase]) -> list[Rate]:
 
 
 def _ours_once(folder: Path, model: Any, case: GenerateCase) -> Rate:
-    # Chains that are in early decode while others enter: they need room for that too.
-    entering = case.batch * case.prompt_tokens // CHUNK + 16
-    tokens = case.prompt_tokens + case.new_tokens + entering
+    tokens = case.prompt_tokens + case.new_tokens + entering_tokens(case)
     prompts = prompts_of(folder, case.batch // case.samples, case.prompt_tokens)
     sampling = Sampling() if case.samples == 1 else Sampling(temperature=1.0)
     settings = EngineSettings(
@@ -63,7 +72,7 @@ def _ours_once(folder: Path, model: Any, case: GenerateCase) -> Rate:
     )
     with Engine(model, settings) as engine:
         for prompt in prompts:
-            engine.submit(Request(tuple(prompt), case.new_tokens + entering, case.samples, sampling))
+            engine.submit(Request(tuple(prompt), tokens - case.prompt_tokens, case.samples, sampling))
         while len(engine.advance()) < case.batch:
             pass
         part = max(1, case.new_tokens // ROUNDS)
@@ -72,7 +81,7 @@ def _ours_once(folder: Path, model: Any, case: GenerateCase) -> Rate:
             began_s = time.perf_counter()
             decoded = sum(len(engine.advance()) for _ in range(part))
             rates.append(decoded / (time.perf_counter() - began_s))
-        return _rate(rates, resident_bytes() / MIB)
+        return rate_of_parts(rates, resident_bytes() / MIB)
 
 
 def _kv_mib(config: Any, case: GenerateCase, tokens: int) -> int:
@@ -84,12 +93,32 @@ def _kv_mib(config: Any, case: GenerateCase, tokens: int) -> int:
 def _transformers(folder: Path, cases: list[GenerateCase]) -> list[Rate]:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=cases[0].dtype).eval()
 
-    def run(prompts: list[list[int]], new_tokens: int) -> None:
-        model.generate(
-            torch.tensor(prompts), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
-        )  # fmt: skip
+    return [_transformers_once(folder, model, case) for case in cases]
 
-    return [_difference(folder, case, run) for case in cases]
+
+class _Clock(StoppingCriteria):
+    """Stops nothing: notes when each token of all chains is there."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        self.times_s.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _transformers_once(folder: Path, model: Any, case: GenerateCase) -> Rate:
+    ids, clock = torch.tensor(prompts_of(folder, case.batch, case.prompt_tokens)), _Clock()
+    part = max(1, case.new_tokens // ROUNDS)
+    tokens = 1 + ROUNDS * part  # the first has the prompts before it
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+        pad_token_id=0, stopping_criteria=[clock],
+    )  # fmt: skip
+    marks_s = clock.times_s[::part]
+    return rate_of_parts(
+        [case.batch * part / (end - begin) for begin, end in pairwise(marks_s)], resident_bytes() / MIB
+    )
 
 
 def _transformers_batch(folder: Path, cases: list[GenerateCase]) -> list[Rate]:
@@ -104,6 +133,11 @@ def _transformers_batch(folder: Path, cases: list[GenerateCase]) -> list[Rate]:
         model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
 
     return [_difference(folder, case, run) for case in cases]
+
+
+def _llama_cpp(folder: Path, cases: list[GenerateCase]) -> list[Rate]:
+    rounds = llama_rounds(folder, cases, ROUNDS, os.cpu_count() or 1)
+    return [rate_of_parts(rates, resident_bytes() / MIB) for rates in rounds]
 
 
 def _difference(folder: Path, case: GenerateCase, run: Callable[[list[list[int]], int], None]) -> Rate:
@@ -122,10 +156,11 @@ def rate_of_runs(case: GenerateCase, one_s: list[float], all_s: list[float], res
     """By what a run of all new tokens takes longer than a run of one. The first of each is a warm-up."""
     decoded = case.batch * (case.new_tokens - 1)
     prefill_s = statistics.median(one_s[1:])
-    return _rate([decoded / max(s - prefill_s, 1e-9) for s in all_s[1:]], resident_mib)
+    return rate_of_parts([decoded / max(s - prefill_s, 1e-9) for s in all_s[1:]], resident_mib)
 
 
-def _rate(rates: list[float], resident_mib: float) -> Rate:
+def rate_of_parts(rates: list[float], resident_mib: float) -> Rate:
+    """rates: tokens a second of each part."""
     return Rate(statistics.median(rates), max(rates) / min(rates), resident_mib)
 
 
@@ -133,4 +168,5 @@ ENGINES: dict[str, Callable[[Path, list[GenerateCase]], list[Rate]]] = {
     OURS: _ours,
     TRANSFORMERS: _transformers,
     BATCHED: _transformers_batch,
+    LLAMA: _llama_cpp,
 }

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import anabranch
 from anabranch.cli.generation_display import GenerationDisplay
@@ -23,9 +23,10 @@ from anabranch.serving.batch.batch import Batch, BatchSettings
 from anabranch.serving.batch.prompts import encode, read_prompts, tokens_of
 from anabranch.serving.batch.records import FailureRecord, OutputFile, Record, SampleRecord, VoteRecord
 from anabranch.serving.engine import Engine, EngineSettings
-from anabranch.serving.loading import load_spread, load_tokenizer, stop_tokens
+from anabranch.serving.loading import load_config, load_spread, load_tokenizer, positions_of, stop_tokens
 from anabranch.serving.parallel import ParallelEngine
 from anabranch.telemetry.energy import open_meter
+from anabranch.telemetry.energy.estimate import EstimateMeter
 from anabranch.training.agreement import gathered, is_first, join, on_all_ranks
 
 TIMEOUT_S = 600
@@ -83,15 +84,15 @@ def planned(asked: Mapping[str, Any]) -> Generation:
 
 MEMORY = (
     "dtype", "kv_dtype", "kv_memory_mib", "memory_limit_mib", "store_folder", "evict_above", "spill_mib",
-    "spill_folder",
+    "spill_folder", "speculate",
 )  # fmt: skip
 SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed")
 
 
 def _limits(folder: Path, slots: int, prompts: list[tuple[int, ...]], new_tokens: int) -> Limits:
     """Room for the longest prompt, as far as the model's positions go."""
-    config = AutoConfig.from_pretrained(folder).get_text_config()
-    return Limits(slots, tokens=min(config.max_position_embeddings, max(map(len, prompts)) + new_tokens))
+    longest = max(map(len, prompts)) + new_tokens
+    return Limits(slots, tokens=min(positions_of(load_config(folder)), longest))
 
 
 def _thinking(asked: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Thinking | None:
@@ -168,6 +169,8 @@ class _Figures(NamedTuple):
     saved_tokens: float
     preempted: int
     reused: int
+    guessed: int
+    right: int
 
 
 class _Run:
@@ -214,13 +217,15 @@ class _Run:
             saved_tokens=sum(v.saved_tokens for v in votes),
             preempted=tally.preempted,
             reused=tally.reused,
+            guessed=tally.drafted,
+            right=tally.accepted,
         )
 
 
 def _report(ranks: Sequence[_Figures], engine: Engine) -> dict[str, Any]:
     failures = [error for rank in ranks for error in rank.failures]
     tokens, wall_s = sum(r.new_tokens for r in ranks), max(r.wall_s for r in ranks)
-    store = engine.store
+    store, counted = engine.store, ranks[0].energy_source != EstimateMeter.source
     return {
         "ranks": len(ranks),
         "samples": sum(r.samples for r in ranks),
@@ -231,12 +236,15 @@ def _report(ranks: Sequence[_Figures], engine: Engine) -> dict[str, Any]:
         "wall_s": wall_s,
         "tokens_per_s": tokens / wall_s,
         "cpu_s_per_token": sum(r.cpu_s for r in ranks) / tokens if tokens else None,
-        "joules_per_token": sum(r.joules for r in ranks) / tokens if tokens else None,
-        "energy_source": ranks[0].energy_source,
+        # An estimate would only be these seconds once more, in another unit.
+        "joules_per_token": sum(r.joules for r in ranks) / tokens if tokens and counted else None,
+        "energy_source": ranks[0].energy_source if counted else None,
         "cancelled_samples": sum(r.cancelled for r in ranks),
         "saved_tokens": sum(r.saved_tokens for r in ranks),
         "preempted": sum(r.preempted for r in ranks),
         "reused_prompt_tokens": sum(r.reused for r in ranks),
+        "guessed_tokens": sum(r.guessed for r in ranks),
+        "right_guesses": sum(r.right for r in ranks),
         "step": engine.step.name,
         "why_not_native": engine.why_not_native,
         "expert_store": None if store is None else {**store._asdict(), "hit_rate": store.hit_rate},

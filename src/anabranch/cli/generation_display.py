@@ -49,9 +49,13 @@ def print_report(report: dict[str, Any], out: str) -> None:
         f"{report['samples']} samples, {report['new_tokens']:,} tokens in {report['wall_s']:.1f} s "
         f"({report['tokens_per_s']:,.0f} tokens/s, step {report['step']}), in {out}"
     )
+    if report["cpu_s_per_token"] is not None:
+        typer.echo(f"{1e3 * report['cpu_s_per_token']:.3g} ms of CPU a token")
     if report["joules_per_token"] is not None:
         told = ENERGY_TOLD[report["energy_source"]]
         typer.echo(f"{report['joules_per_token']:.3g} joules a token, {told}")
+    if report["guessed_tokens"]:
+        typer.echo(f"{report['right_guesses']} of {report['guessed_tokens']} guessed tokens were right")
     if store := report["expert_store"]:
         typer.echo(
             f"{store['slots']} of {store['experts']} experts in memory, {store['hit_rate']:.0%} of those needed "

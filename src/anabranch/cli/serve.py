@@ -19,7 +19,6 @@ ApiKey = Annotated[
     str | None, typer.Option(envvar="ANABRANCH_API_KEY", help="what clients must send", show_default=False)
 ]
 Name = Annotated[str | None, typer.Option(help="of the model, for clients [default: the folder's]")]
-Speculate = Annotated[int, typer.Option(help="tokens guessed ahead at most, where that pays")]
 Chunk = Annotated[int, typer.Option(help="prompt tokens a step")]
 MaxTokens = Annotated[int, typer.Option(help="prompt and new tokens of an answer")]
 MaxRequests = Annotated[int, typer.Option(help="requests computed at once")]
@@ -40,10 +39,12 @@ def serve(
     kv_memory_mib: options.KvMemory = 512,
     evict_above: options.EvictAbove = None,
     spill_mib: options.Spill = 0,
+    spill_folder: options.SpillFolder = None,
     memory_limit_mib: options.MemoryLimit = None,
+    store_folder: options.StoreFolder = EngineSettings.store_folder,
     threads: options.Threads = None,
     step: options.Step = "auto",
-    speculate: Speculate = 0,
+    speculate: options.Speculate = 0,
     slots: options.Slots = 32,
     chunk: Chunk = 512,
     max_tokens: MaxTokens = 4096,
@@ -61,7 +62,8 @@ def serve(
     quiet()
     engine = EngineSettings(
         dtype, kv_dtype, kv_memory_mib, threads, step, Limits(slots, chunk, max_tokens), speculate,
-        memory_limit_mib=memory_limit_mib, evict_above=evict_above, spill_mib=spill_mib,
+        memory_limit_mib=memory_limit_mib, store_folder=store_folder, evict_above=evict_above, spill_mib=spill_mib,
+        spill_folder=spill_folder,
     )  # fmt: skip
     settings = ServerSettings(
         host, port, api_key or None, max_body_bytes, max_requests, max_queue, drain_s=drain_s, engine=engine

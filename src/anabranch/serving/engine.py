@@ -3,9 +3,9 @@
 Shape suffixes as in serving/step/base.py.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,21 +15,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from anabranch.errors import BuildError, ConfigError
+from anabranch.errors import ConfigError
 from anabranch.scheduling.chain import Chain, End, Request
 from anabranch.scheduling.pages import PagePool, pages_of
 from anabranch.scheduling.scheduler import Part, Scheduler
 from anabranch.scheduling.speculation import Speculator
-from anabranch.serving.decoder import read_decoder
 from anabranch.serving.evictor import Evictor
-from anabranch.serving.loading import load_model
+from anabranch.serving.loading import load_model, positions_of
 from anabranch.serving.pools import KvShape, allocate, first_page
 from anabranch.serving.sampler import sample
 from anabranch.serving.settings import EngineSettings
-from anabranch.serving.step.base import Int32, Outputs, Rows, Step
+from anabranch.serving.step.base import Int32, Outputs, Rows
+from anabranch.serving.step.choose import choose_step
 from anabranch.serving.step.native import NativeStep
-from anabranch.serving.step.torch_step import TorchStep
-from anabranch.serving.store.arena import ExpertStore, StoreFigures
+from anabranch.serving.store.arena import StoreFigures
 from anabranch.serving.store.checkpoint import Checkpoint
 from anabranch.serving.table import PageTable
 from anabranch.serving.tiers import PageTier
@@ -63,8 +62,8 @@ class Engine:
         self.settings = settings or EngineSettings()
         if self.settings.memory_limit_mib is not None and checkpoint is None:
             raise ConfigError("this model is in memory; use Engine.from_folder", setting="memory_limit_mib")
-        self.limits = self.settings.limits
-        self.why_not_native: str | None = None
+        limits = self.settings.limits
+        self.limits = replace(limits, tokens=min(limits.tokens, positions_of(model.config)))
         weights = self.settings.dtype or str(model.dtype).removeprefix("torch.")
         dtype = "bfloat16" if weights == "int8" else weights
         kv_dtype = self.settings.kv_dtype or dtype
@@ -79,8 +78,8 @@ class Engine:
         if kv_dtype != dtype:
             open_pages = PagePool(2 * self.limits.slots + pages_of(self.limits.chunk), first_page(dtype))
             self.pools[dtype] = allocate(self.kv_shape, dtype, open_pages.pages, device)
-        self.step = (
-            self._step(model, weights) if checkpoint is None else self._limited(model, weights, checkpoint)
+        self.step, self.why_not_native = choose_step(
+            model, weights, self.kv_shape, self.pools, self.settings, self.limits, checkpoint
         )
         rewriter = self.step if isinstance(self.step, NativeStep) else None
         self.table = PageTable(self.limits.slots, self.limits.tokens, open_pages, rewriter)
@@ -103,7 +102,8 @@ class Engine:
         if settings.memory_limit_mib is None:
             model: Any = load_model(folder, settings.load_dtype)
             found = torch.accelerator.current_accelerator(check_available=True)
-            return cls(model if found is None or settings.step != "torch" else model.to(found), settings)
+            by_modules = settings.step in ("torch", "compiled")
+            return cls(model.to(found) if found is not None and by_modules else model, settings)
         checkpoint = Checkpoint(folder)
         return cls(checkpoint.skeleton(settings.load_dtype), settings, checkpoint)
 
@@ -177,15 +177,26 @@ class Engine:
     ) -> list[Completion]:
         """Run all requests to their ends. Completions come in the order of requests and samples; `each` is called
         as one is done."""
-        numbered = {chain: i for i, request in enumerate(requests) for chain in self.submit(request)}
+        numbered: dict[Chain, int] = {}
         done: dict[Chain, Completion] = {}
-        while len(done) < len(numbered):
-            for chain in self.advance():
-                if chain.end is not None and chain in numbered:
-                    done[chain] = self.completion(chain, numbered[chain])
-                    if each is not None:
-                        each(done[chain])
+        try:
+            for i, request in enumerate(requests):
+                numbered |= dict.fromkeys(self.submit(request), i)
+            while len(done) < len(numbered):
+                for chain in self.advance():
+                    if chain.end is not None and chain in numbered:
+                        done[chain] = self.completion(chain, numbered[chain])
+                        if each is not None:
+                            each(done[chain])
+        finally:  # where a request is wrong, or `each` fails
+            for chain in numbered.keys() - done.keys():
+                self.forget(chain)
         return [done[chain] for chain in numbered]
+
+    def forget(self, chain: Chain) -> None:
+        """Cancel a chain of which no completion is wanted."""
+        self.cancel(chain)
+        self.logprobs.pop(chain, None)
 
     def completion(self, chain: Chain, number: int = 0) -> Completion:
         """What an ended chain has become; the engine then forgets it."""
@@ -224,37 +235,12 @@ class Engine:
         if above is None:
             return None
         if not isinstance(self.step, NativeStep):
-            raise ConfigError("only the native step weighs pages; leave it out", setting="evict_above")
+            why = "" if self.why_not_native is None else f", which is not to be had: {self.why_not_native}"
+            raise ConfigError(f"only the native step weighs pages{why}; leave it out", setting="evict_above")
         self.step.weighing = True
         evictor = Evictor(self.scheduler, above, self.kv_shape, kv_dtype, self.pools[kv_dtype])
         self.watchers.append(evictor.weigh)
         return evictor
-
-    def _step(self, model: PreTrainedModel, weights: str) -> Step:
-        wants = self.settings.step
-        if wants == "native" and model.device.type != "cpu":
-            raise ConfigError(f"the native step runs on CPU, the model is on {model.device}", setting="step")
-        if wants != "torch" and (wants == "native" or model.device.type == "cpu"):
-            try:
-                decoder = read_decoder(model)
-                return NativeStep(decoder, weights, self.pools, self.limits.tokens, self._threads())
-            except (ConfigError, BuildError) as error:
-                if wants == "native":
-                    raise
-                self.why_not_native = str(error)
-        if str(model.dtype) != f"torch.{weights}":
-            raise ConfigError(f"the torch step runs the model as it is, {model.dtype}", setting="dtype")
-        return TorchStep(model, self.kv_shape, self.pools)
-
-    def _limited(self, skeleton: PreTrainedModel, weights: str, checkpoint: Checkpoint) -> Step:
-        limit_mib, folder = self.settings.memory_limit_mib, Path(self.settings.store_folder)
-        assert limit_mib is not None
-        decoder = read_decoder(skeleton, checkpoint.filled)
-        store = ExpertStore(checkpoint, decoder, weights, limit_mib, folder)
-        return NativeStep(decoder, weights, self.pools, self.limits.tokens, self._threads(), store)
-
-    def _threads(self) -> int:
-        return self.settings.threads or os.cpu_count() or 1
 
     def _rows(self, parts: Iterable[Part]) -> Rows:
         tokens, positions, lengths, chains, want = [], [], [], [], []

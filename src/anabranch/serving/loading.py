@@ -1,5 +1,6 @@
 """A model folder as `save_pretrained` writes it, for serving."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -59,14 +61,27 @@ def load_spread(folder: Path, dtype: torch.dtype | None, ranks: int) -> PreTrain
     return model
 
 
-def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Those that the model's folder names, and the tokenizer's own. Raises as `load_tokenizer`."""
+def positions_of(config: PreTrainedConfig) -> int:
+    """Tokens that a chain of a model of this configuration can have at most."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """Raises CheckpointError for what the folder holds."""
     try:
-        if (folder / "generation_config.json").is_file():
-            named = GenerationConfig.from_pretrained(folder).eos_token_id
-        else:
-            named = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "eos_token_id", None)
+        return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} holds no model to serve: {error}", setting="model") from error
+
+
+def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Those that the model's folder names, and the tokenizer's own. Raises as `load_tokenizer`."""
+    if (folder / "generation_config.json").is_file():
+        try:
+            named = GenerationConfig.from_pretrained(folder).eos_token_id
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder} holds no model to serve: {error}", setting="model") from error
+    else:
+        named = getattr(load_config(folder).get_text_config(), "eos_token_id", None)
     ends = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
     return frozenset(end for end in ends if isinstance(end, int))

@@ -44,7 +44,7 @@ class ParallelEngine:
 
     def __init__(self, engine: Engine) -> None:
         """Raises ConfigError where the engine runs another step than the model's own modules."""
-        if not isinstance(engine.step, TorchStep):
+        if not isinstance(engine.step, TorchStep) or engine.step.name != "torch":
             raise ConfigError("experts on several ranks are computed by step='torch'", setting="step")
         self.engine, self.device = engine, engine.step.model.device
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -91,8 +91,7 @@ class ParallelEngine:
         finally:
             if not fine:
                 for chain in [*self.engine.scheduler.waiting, *self.engine.scheduler.running]:
-                    self.engine.cancel(chain)
-                    self.engine.logprobs.pop(chain, None)
+                    self.engine.forget(chain)
                 if not self._told and not self._step.inside:
                     self._sum(1, 0, 0)
 

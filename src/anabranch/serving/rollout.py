@@ -105,9 +105,9 @@ class RolloutEngine:
         try:
             done = (self.parallel or self.engine).generate(requests)
         finally:
+            routings = self._record.take()
             for module in training:
                 module.training = True
-        routings = self._record.take()
         return [
             Rollout(c.request, c.sample, requests[c.request].prompt, c.tokens, c.logprobs, routing, c.end)
             for c, routing in zip(done, routings, strict=True)

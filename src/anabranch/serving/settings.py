@@ -11,7 +11,7 @@ from anabranch.scheduling.scheduler import Limits
 from anabranch.serving.pools import first_page
 from anabranch.serving.step.native import WEIGHTS
 
-STEPS = ("auto", "native", "torch")
+STEPS = ("auto", "native", "torch", "compiled")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class EngineSettings:
     kv_memory_mib: int = 512
     # Threads of the native step; None for the cores of this machine.
     threads: int | None = None
-    # "native" (C++, on CPU), "torch" (transformers' modules), or "auto": native where it can.
+    # "native" (C++, on CPU), "torch" (transformers' modules), "compiled" (these, decoding compiled at fixed shapes), or
+    # "auto": native where it can, else torch.
     step: str = "auto"
     # Chains at once, prompt tokens a step, tokens of a chain.
     limits: Limits = field(default_factory=Limits)
@@ -61,9 +62,9 @@ class EngineSettings:
         for name, value in (("threads", self.threads), ("memory_limit_mib", self.memory_limit_mib)):
             if value is not None and value < 1:
                 raise ConfigError("must be at least 1", setting=name)
-        if self.memory_limit_mib is not None and self.step == "torch":
+        if self.memory_limit_mib is not None and self.step not in ("auto", "native"):
             raise ConfigError(
-                "the torch step holds the whole model; use step='native'", setting="memory_limit_mib"
+                f"the {self.step} step holds the whole model; use step='native'", setting="memory_limit_mib"
             )
         if self.evict_above is not None:
             require_budget(self.evict_above)

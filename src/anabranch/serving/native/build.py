@@ -23,6 +23,10 @@ LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"),
         ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
     ),
+    "avx512_vnni": (
+        ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
+        ("-march=x86-64-v4", "-mavx512vnni"),
+    ),
     "avx512": (("avx512f", "avx512bw", "avx512dq", "avx512vl"), ("-march=x86-64-v4",)),
     "avx2": (("avx2", "fma", "f16c"), ("-march=x86-64-v3",)),
     "plain": ((), ()),

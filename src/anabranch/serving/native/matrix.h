@@ -21,6 +21,13 @@ constexpr int TILE = 2;
 template <int M>
 using Sums = f32x16[M][QUADS];
 
+// Weights come from memory in one stream, whose pages the processor's own prefetching does not cross.
+constexpr int AHEAD = 4096;  // bytes; 2048 and 8192 are slower
+template <class T>
+inline void prefetch(const T* weights) {
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(reinterpret_cast<const char*>(weights) + AHEAD + 64 * line);
+}
+
 // fp32: weights[input][64].
 struct F32 {
     using Act = float;
@@ -34,6 +41,7 @@ struct F32 {
     static void multiply(const uint8_t* block, int inputs, const float* const* rows, Sums<M>& sums) {
         const float* weights = reinterpret_cast<const float*>(block);
         for (int i = 0; i < inputs; ++i, weights += BLOCK) {
+            prefetch(weights);
             f32x16 w[QUADS];
             for (int j = 0; j < QUADS; ++j) w[j] = load(weights + j * LANES);
             for (int m = 0; m < M; ++m)
@@ -42,21 +50,34 @@ struct F32 {
     }
 };
 
-// bf16: weights[input / 2][64][2], products of pairs summed in fp32.
+// bf16: weights[input / 2][64][2], products of pairs summed in fp32. Without instructions for them, rows are rounded to
+// bf16 and kept as fp32, so that weights alone have to be widened.
 struct BF16 {
+#ifdef __AVX512BF16__
     using Act = bf16;
+#else
+    using Act = float;
+#endif
 
     static int64_t row_acts(int numbers) { return numbers; }
-    static void write(bf16* row, int at, const float* x, int n) {
+    static void write(Act* row, int at, const float* x, int n) {
+#ifdef __AVX512BF16__
         int d = 0;
         for (; d + LANES <= n; d += LANES) store(row + at + d, load(x + d));
         for (; d < n; ++d) narrow(row + at + d, x[d]);
+#else
+        for (int d = 0; d < n; ++d) {
+            bf16 half;
+            narrow(&half, x[d]);
+            row[at + d] = widen(half);
+        }
+#endif
     }
 
     static int64_t block_bytes(int inputs) { return int64_t{BLOCK} * inputs * 2; }
 
     template <int M>
-    static void multiply(const uint8_t* block, int inputs, const bf16* const* rows, Sums<M>& sums) {
+    static void multiply(const uint8_t* block, int inputs, const Act* const* rows, Sums<M>& sums) {
         const bf16* weights = reinterpret_cast<const bf16*>(block);
         for (int i = 0; i < inputs; i += 2, weights += 2 * BLOCK) {
 #ifdef __AVX512BF16__
@@ -72,13 +93,17 @@ struct BF16 {
                         _mm512_dpbf16_ps(reinterpret_cast<__m512>(sums[m][j]), w[j], x));
             }
 #else
-            for (int j = 0; j < QUADS; ++j) {
-                u32x16 both;
-                std::memcpy(&both, weights + 2 * j * LANES, sizeof both);
-                const auto even = reinterpret_cast<f32x16>(both << 16);
-                const auto odd = reinterpret_cast<f32x16>(both & 0xffff0000u);
+            prefetch(weights);
+            // One input after the other: weights of both at once would not fit the registers.
+            for (int odd = 0; odd < 2; ++odd) {
+                f32x16 w[QUADS];
+                for (int j = 0; j < QUADS; ++j) {
+                    u32x16 both;
+                    std::memcpy(&both, weights + 2 * j * LANES, sizeof both);
+                    w[j] = reinterpret_cast<f32x16>(odd ? both & 0xffff0000u : both << 16);
+                }
                 for (int m = 0; m < M; ++m)
-                    sums[m][j] += even * widen(rows[m][i]) + odd * widen(rows[m][i + 1]);
+                    for (int j = 0; j < QUADS; ++j) sums[m][j] += w[j] * rows[m][i + odd];
             }
 #endif
         }
@@ -121,8 +146,10 @@ struct INT8 {
                 std::memcpy(&offset, rows[m] + g * STRIDE + GROUP + 4, 4);
                 for (int j = 0; j < QUADS; ++j) whole[m][j] = i32x16{} + offset;
             }
-            for (int i = 0; i < GROUP; i += 4, weights += 4 * BLOCK)
-                for (int m = 0; m < M; ++m) add_products(weights, rows[m] + g * STRIDE + i, whole[m]);
+            for (int i = 0; i < GROUP; i += 4, weights += 4 * BLOCK) {
+                prefetch(weights);
+                add_products<M>(weights, rows, g * STRIDE + i, whole);
+            }
             for (int m = 0; m < M; ++m) {
                 float scale;
                 std::memcpy(&scale, rows[m] + g * STRIDE + GROUP, 4);
@@ -135,20 +162,27 @@ struct INT8 {
         }
     }
 
-    // Four inputs of one row with 64 outputs.
-    static void add_products(const uint8_t* weights, const uint8_t* row, i32x16* whole) {
+    // Four inputs, at `at` in each row, with 64 outputs.
+    template <int M>
+    static void add_products(const uint8_t* weights, const uint8_t* const* rows, int at, i32x16 (*whole)[QUADS]) {
 #ifdef __AVX512VNNI__
-        int32_t four;
-        std::memcpy(&four, row, 4);
-        const __m512i x = _mm512_set1_epi32(four);
-        for (int j = 0; j < QUADS; ++j)
-            whole[j] = reinterpret_cast<i32x16>(_mm512_dpbusd_epi32(
-                reinterpret_cast<__m512i>(whole[j]), _mm512_loadu_si512(weights + j * 4 * LANES), x));
+        __m512i w[QUADS];
+        for (int j = 0; j < QUADS; ++j) w[j] = _mm512_loadu_si512(weights + j * 4 * LANES);
+        for (int m = 0; m < M; ++m) {
+            int32_t four;
+            std::memcpy(&four, rows[m] + at, 4);
+            const __m512i x = _mm512_set1_epi32(four);
+            for (int j = 0; j < QUADS; ++j)
+                whole[m][j] = reinterpret_cast<i32x16>(
+                    _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(whole[m][j]), w[j], x));
+        }
 #else
-        for (int j = 0; j < QUADS; ++j)
-            for (int lane = 0; lane < LANES; ++lane)
-                for (int i = 0; i < 4; ++i)
-                    whole[j][lane] += weights[(j * LANES + lane) * 4 + i] * static_cast<int8_t>(row[i]);
+        for (int m = 0; m < M; ++m)
+            for (int j = 0; j < QUADS; ++j)
+                for (int lane = 0; lane < LANES; ++lane)
+                    for (int i = 0; i < 4; ++i)
+                        whole[m][j][lane] +=
+                            weights[(j * LANES + lane) * 4 + i] * static_cast<int8_t>(rows[m][at + i]);
 #endif
     }
 };

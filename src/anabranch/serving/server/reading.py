@@ -11,7 +11,7 @@ from anabranch.scheduling.chain import Request
 from anabranch.scheduling.sampling import Sampling
 from anabranch.scheduling.thinking import Thinking
 from anabranch.serving.batch.prompts import tokens_of
-from anabranch.serving.loading import load_tokenizer, stop_tokens
+from anabranch.serving.loading import load_config, load_tokenizer, positions_of, stop_tokens
 from anabranch.serving.server.refusal import ApiError
 from anabranch.serving.server.schema import Body, ChatBody, CompletionBody, read_body
 
@@ -36,7 +36,8 @@ class Reader:
     def __init__(self, folder: str, model: str, tokens: int, max_choices: int) -> None:
         self.model = model
         self.tokenizer = load_tokenizer(Path(folder))
-        self._tokens, self._max_choices = tokens, max_choices
+        self._tokens = min(tokens, positions_of(load_config(Path(folder))))
+        self._max_choices = max_choices
         self._stop_tokens = stop_tokens(Path(folder), self.tokenizer)
 
     def completion(self, content: bytes) -> Asked:

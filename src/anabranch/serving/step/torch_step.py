@@ -7,7 +7,8 @@ Shape suffixes: T rows of the step, C chains, P pages of a chain, H heads, G key
 N tokens of a chain, W wanted rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -53,9 +54,9 @@ class TorchStep:
         self.routing = False
         numbers = PAGE * kv_shape.dim
         parts = pools[kind].view(DTYPES[kind]).view(-1, kv_shape.layers, kv_shape.heads, 2, numbers)
-        self._keys = parts[:, :, :, 0].unflatten(-1, (kv_shape.dim, PAGE))
-        self._values = parts[:, :, :, 1].unflatten(-1, (PAGE, kv_shape.dim))
-        self._index_mask = (1 << 28) - 1
+        self.keys = parts[:, :, :, 0].unflatten(-1, (kv_shape.dim, PAGE))
+        self.values = parts[:, :, :, 1].unflatten(-1, (PAGE, kv_shape.dim))
+        self.index_mask = (1 << 28) - 1
         # Masked numbers are multiplied by zero, which NaN of untouched memory would survive.
         pools[kind].zero_()
         AttentionInterface.register(NAME, paged_attention)
@@ -66,21 +67,32 @@ class TorchStep:
         # Only now: the model may be trained between two steps.
         watched = experts_modules(self.model) if self.routing else []
         hooks = [m.register_forward_pre_hook(lambda _, args: seen.append(args[1])) for m in watched]
-        before: Any = self.model.config._attn_implementation
-        self.model.set_attn_implementation(NAME)
         try:
-            out: Any = self.model(
-                input_ids=self._on_device(rows.token_T).unsqueeze(0),
-                position_ids=self._on_device(rows.position_T).unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=self._on_device(rows.want_W),
-                paged=self._paged(rows),
-            )
+            with self.attending_by(NAME):
+                out: Any = self.model(
+                    input_ids=self.on_device(rows.token_T).unsqueeze(0),
+                    position_ids=self.on_device(rows.position_T).unsqueeze(0),
+                    use_cache=False,
+                    logits_to_keep=self.on_device(rows.want_W),
+                    paged=self._paged(rows),
+                )
         finally:
-            self.model.set_attn_implementation(before)
             for hook in hooks:
                 hook.remove()
-        logits_WV = out.logits[0].float()
+        return self.outputs(out.logits[0].float(), seen)
+
+    @contextmanager
+    def attending_by(self, name: str) -> Generator[None]:
+        """The model's attention is the registered one of this name."""
+        before: Any = self.model.config._attn_implementation
+        self.model.set_attn_implementation(name)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(before)
+
+    def outputs(self, logits_WV: Tensor, seen: list[Tensor]) -> Outputs:
+        """seen: of each layer the experts of all rows, if anybody asked for them."""
         routed_LTK = torch.stack(seen).int().cpu().numpy() if seen else None
         return Outputs(
             logits_WV,
@@ -95,21 +107,29 @@ class TorchStep:
     def close(self) -> None:
         """Nothing is held but the model, which is the caller's."""
 
-    def _paged(self, rows: Rows) -> Paged:
+    def places(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The page that each row's own token goes to, and its place there."""
         last_T = rows.length_T - 1
-        page_T = rows.table_CP[rows.chain_T, last_T // PAGE] & self._index_mask
+        page_T = rows.table_CP[rows.chain_T, last_T // PAGE] & self.index_mask
+        return self.on_device(page_T), self.on_device(last_T % PAGE)
+
+    def _paged(self, rows: Rows) -> Paged:
         by_chain = []
         for chain in dict.fromkeys(rows.chain_T.tolist()):
             mine = (rows.chain_T == chain).nonzero()[0]
             length_T = rows.length_T[mine]
-            pages = rows.table_CP[chain, : -(-int(length_T.max()) // PAGE)] & self._index_mask
-            by_chain.append((self._on_device(mine), self._on_device(pages), self._on_device(length_T)))
-        return Paged(
-            self._keys, self._values, self._on_device(page_T), self._on_device(last_T % PAGE), by_chain
-        )
+            pages = rows.table_CP[chain, : -(-int(length_T.max()) // PAGE)] & self.index_mask
+            by_chain.append((self.on_device(mine), self.on_device(pages), self.on_device(length_T)))
+        return Paged(self.keys, self.values, *self.places(rows), by_chain)
 
-    def _on_device(self, array: Any) -> Tensor:
-        return torch.as_tensor(array, dtype=torch.int64).to(self._keys.device)
+    def on_device(self, array: Any) -> Tensor:
+        return torch.as_tensor(array, dtype=torch.int64).to(self.keys.device)
+
+
+def require_full_attention(sliding_window: int | None) -> None:
+    """Raise ConfigError for a model with a sliding window."""
+    if sliding_window is not None:
+        raise ConfigError("sliding-window attention is not computed", setting="model")
 
 
 def paged_attention(
@@ -120,8 +140,7 @@ def paged_attention(
 
     Raises ConfigError for a model with a sliding window: its pages would have to be forgotten.
     """
-    if sliding_window is not None:
-        raise ConfigError("sliding-window attention is not computed", setting="model")
+    require_full_attention(sliding_window)
     layer = module.layer_idx
     keys, values = paged.keys[:, layer], paged.values[:, layer]
     keys[paged.page_T, :, :, paged.slot_T] = key[0].transpose(0, 1).to(keys.dtype)

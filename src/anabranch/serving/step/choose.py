@@ -1,0 +1,82 @@
+"""Which step an engine runs, by its settings and what is to be had here."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from anabranch.errors import BuildError, ConfigError
+from anabranch.scheduling.scheduler import Limits
+from anabranch.serving.decoder import read_decoder
+from anabranch.serving.pools import KvShape
+from anabranch.serving.settings import EngineSettings
+from anabranch.serving.step.base import Step
+from anabranch.serving.step.compiled import CompiledStep
+from anabranch.serving.step.native import NativeStep
+from anabranch.serving.step.torch_step import TorchStep
+from anabranch.serving.store.arena import ExpertStore
+from anabranch.serving.store.checkpoint import Checkpoint
+
+
+class Chosen(NamedTuple):
+    """why_not_native: where the C++ step was wanted and transformers' modules stand in for it."""
+
+    step: Step
+    why_not_native: str | None = None
+
+
+def choose_step(
+    model: PreTrainedModel,
+    weights: str,
+    shape: KvShape,
+    pools: dict[str, Tensor],
+    settings: EngineSettings,
+    limits: Limits,
+    checkpoint: Checkpoint | None,
+) -> Chosen:
+    """weights: their format. checkpoint: what they are in, under a memory limit.
+
+    Raises ConfigError and BuildError where the wanted step is not to be had.
+    """
+    if checkpoint is not None:
+        return Chosen(_step_with_store(model, weights, pools, settings, limits, checkpoint))
+    wants, why_not_native = settings.step, None
+    if wants == "native" and model.device.type != "cpu":
+        raise ConfigError(f"the native step runs on CPU, the model is on {model.device}", setting="step")
+    if wants == "native" or (wants == "auto" and model.device.type == "cpu"):
+        try:
+            return Chosen(NativeStep(read_decoder(model), weights, pools, limits.tokens, _threads(settings)))
+        except (ConfigError, BuildError) as error:
+            if wants == "native":
+                raise
+            why_not_native = str(error)
+    try:
+        if str(model.dtype) != f"torch.{weights}":
+            raise ConfigError(f"the torch step runs the model as it is, {model.dtype}", setting="dtype")
+        if wants == "compiled":
+            return Chosen(CompiledStep(model, shape, pools, limits))
+        return Chosen(TorchStep(model, shape, pools), why_not_native)
+    except ConfigError as error:
+        if why_not_native is None:
+            raise
+        raise ConfigError(f"{error}; the native step is not to be had: {why_not_native}") from error
+
+
+def _step_with_store(
+    skeleton: PreTrainedModel,
+    weights: str,
+    pools: dict[str, Tensor],
+    settings: EngineSettings,
+    limits: Limits,
+    checkpoint: Checkpoint,
+) -> NativeStep:
+    assert settings.memory_limit_mib is not None
+    decoder = read_decoder(skeleton, checkpoint.filled)
+    store = ExpertStore(checkpoint, decoder, weights, settings.memory_limit_mib, Path(settings.store_folder))
+    return NativeStep(decoder, weights, pools, limits.tokens, _threads(settings), store)
+
+
+def _threads(settings: EngineSettings) -> int:
+    return settings.threads or os.cpu_count() or 1
