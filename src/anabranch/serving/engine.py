@@ -26,8 +26,8 @@ from anabranch.serving.pools import KvShape, allocate, first_page
 from anabranch.serving.sampler import sample
 from anabranch.serving.settings import EngineSettings
 from anabranch.serving.step.base import Int32, Outputs, Rows
-from anabranch.serving.step.choose import choose_step
 from anabranch.serving.step.native import NativeStep
+from anabranch.serving.step_choice import choose_step
 from anabranch.serving.store.arena import StoreFigures
 from anabranch.serving.store.checkpoint import Checkpoint
 from anabranch.serving.table import PageTable
