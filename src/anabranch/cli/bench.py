@@ -166,12 +166,12 @@ def codecs(
     refuse_torchrun("the benchmark", "jobs")
     require_json_file(json_file)
     rows = whole_seeds(json_file, steps)
-    left = range(len(rows) // len(RUNS), seeds)
+    left, common = range(len(rows) // len(RUNS), seeds), about(steps)
     with tempfile.TemporaryDirectory(prefix="anabranch-codecs-") as folder:
         for row in bench_codecs(steps, left, Path(folder), jobs):
             rows.append(row)
             # After each run: an interruption keeps what was measured, and the next call goes on with the next seed.
-            write_results(json_file, rows, about(steps), summary=summary(rows))
+            write_results(json_file, rows, common, summary=summary(rows))
     columns = ("transport", "dispatch_wire", "combine_wire", "seeds", "mean_change_percent", "spread_percent",
                "margin_percent", "gradient_relative_error")  # fmt: skip
     show_rows(summary(rows), columns)
@@ -205,7 +205,7 @@ def generate(
         known = ", ".join(dict.fromkeys(case.engine for case in cases))
         raise ConfigError(f"{sorted(unknown)[0]!r} is not measured; choose of {known}", setting="engine")
     cases = [case for case in cases if case.engine in (engine or (case.engine,))]
-    rows = held_rows(json_file, quick)
+    rows, common = held_rows(json_file, quick), about_generate(quick)
     with tempfile.TemporaryDirectory(prefix="anabranch-generate-") as name:
         folder = Path(name)
         write_model(folder / RANDOM)
@@ -216,7 +216,7 @@ def generate(
             rows += more
             show_rows(more, GENERATE_COLUMNS)
             # After each engine: an interruption keeps what was measured, and the next call goes on from there.
-            write_results(json_file, rows, about_generate(quick))
+            write_results(json_file, rows, common)
 
 
 @bench.command()

@@ -93,8 +93,6 @@ def whole_seeds(json_file: Path | None, steps: int) -> list[dict[str, Any]]:
 
     Raises ConfigError as `rows_of`: figures that may not be compared are neither mixed nor lost.
     """
-    if json_file is None or not json_file.exists():
-        return []
     rows = rows_of(json_file, about(steps), _judge)
     return rows[: len(rows) // len(RUNS) * len(RUNS)]
 

@@ -111,8 +111,6 @@ def bench_generate(
 
 def held_rows(json_file: Path | None, quick: bool) -> list[dict[str, Any]]:
     """Rows that an interrupted benchmark left in the file. Raises ConfigError as `rows_of`."""
-    if json_file is None or not json_file.exists():
-        return []
 
     def judge(rows: list[dict[str, Any]]) -> None:
         for row in rows:

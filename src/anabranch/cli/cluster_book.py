@@ -36,9 +36,16 @@ def comparable(settings: dict[str, Any], entries: Sequence[str] = ENTRIES) -> di
     return {**settings, **processor(), "code": code_version(entries)}
 
 
-def rows_of(json_file: Path, settings: dict[str, Any], judge: Callable[[list[Row]], object]) -> list[Row]:
-    """What an earlier run left in the file. Raises ConfigError where it was measured with other settings, and where
-    `judge`, which makes of rows what the file is for, cannot do so with those that are there."""
+def rows_of(
+    json_file: Path | None, settings: dict[str, Any], judge: Callable[[list[Row]], object]
+) -> list[Row]:
+    """What an earlier run left in the file; nothing where there is none.
+
+    Raises ConfigError where it was measured with other settings, and where `judge`, which makes of rows what the file
+    is for, cannot do so with those that are there.
+    """
+    if json_file is None or not json_file.exists():
+        return []
     try:
         held: Any = json.loads(json_file.read_text(encoding="utf-8"))
         found, rows = {key: held["machine"].get(key) for key in settings}, list(held["rows"])
@@ -68,9 +75,7 @@ class Book:
 
     def __init__(self, json_file: Path | None, settings: dict[str, Any]) -> None:
         self._file, self._settings = json_file, comparable(settings)
-        self.rows: list[Row] = []
-        if json_file is not None and json_file.exists():
-            self.rows = rows_of(json_file, self._settings, verdict)
+        self.rows = rows_of(json_file, self._settings, verdict)
 
     def holds(self, topology: str, inter_mbit: float | None, workload: str) -> bool:
         """Whether this cell was measured already."""

@@ -20,7 +20,7 @@ from anabranch.scheduling.pages import pages_of
 from anabranch.scheduling.scheduler import Limits
 from anabranch.serving.pools import KvShape
 from anabranch.serving.step.base import Outputs, Rows
-from anabranch.serving.step.torch_step import TorchStep, require_full_attention
+from anabranch.serving.step.torch_step import PLACE_IN_POOL, TorchStep, require_full_attention
 
 NAME = "anabranch_slots"
 BACKEND = "inductor"
@@ -101,7 +101,7 @@ class CompiledStep(TorchStep):
         filled = np.zeros(next(size for size in self.rows if size >= count), dtype=np.int64)
         filled[:count] = np.arange(count)
         pages = next(size for size in self.pages if size >= pages_of(int(cached_T.max())))
-        page_SP = rows.table_CP[rows.chain_T[filled], :pages] & self.index_mask
+        page_SP = rows.table_CP[rows.chain_T[filled], :pages] & PLACE_IN_POOL
         slots = Slots(self.keys, self.values, self.on_device(page_SP), self.on_device(cached_T[filled]))
         return self.on_device(rows.token_T[filled]), self.on_device(rows.position_T[filled]), slots
 

@@ -19,11 +19,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from anabranch.errors import ConfigError
 from anabranch.integrations.routers import experts_modules
 from anabranch.scheduling.pages import PAGE
-from anabranch.serving.pools import KvShape
+from anabranch.serving.pools import FORMAT_SHIFT, KvShape
 from anabranch.serving.step.base import Outputs, Rows
 from anabranch.serving.step.draw import Draw, draw_by_torch
 
 NAME = "anabranch_paged"
+# Of a page's number: its one pool is of one format.
+PLACE_IN_POOL = (1 << FORMAT_SHIFT) - 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -56,7 +58,6 @@ class TorchStep:
         parts = pools[kind].view(DTYPES[kind]).view(-1, kv_shape.layers, kv_shape.heads, 2, numbers)
         self.keys = parts[:, :, :, 0].unflatten(-1, (kv_shape.dim, PAGE))
         self.values = parts[:, :, :, 1].unflatten(-1, (PAGE, kv_shape.dim))
-        self.index_mask = (1 << 28) - 1
         # Masked numbers are multiplied by zero, which NaN of untouched memory would survive.
         pools[kind].zero_()
         AttentionInterface.register(NAME, paged_attention)
@@ -110,7 +111,7 @@ class TorchStep:
     def places(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """The page that each row's own token goes to, and its place there."""
         last_T = rows.length_T - 1
-        page_T = rows.table_CP[rows.chain_T, last_T // PAGE] & self.index_mask
+        page_T = rows.table_CP[rows.chain_T, last_T // PAGE] & PLACE_IN_POOL
         return self.on_device(page_T), self.on_device(last_T % PAGE)
 
     def _paged(self, rows: Rows) -> Paged:
@@ -118,7 +119,7 @@ class TorchStep:
         for chain in dict.fromkeys(rows.chain_T.tolist()):
             mine = (rows.chain_T == chain).nonzero()[0]
             length_T = rows.length_T[mine]
-            pages = rows.table_CP[chain, : -(-int(length_T.max()) // PAGE)] & self.index_mask
+            pages = rows.table_CP[chain, : -(-int(length_T.max()) // PAGE)] & PLACE_IN_POOL
             by_chain.append((self.on_device(mine), self.on_device(pages), self.on_device(length_T)))
         return Paged(self.keys, self.values, *self.places(rows), by_chain)
 
