@@ -1,9 +1,10 @@
-"""Ledgers: accounts in any order, worked through one by one, so that a chain is as long as one likes and its answer
-right only where every step is.
+"""Ledgers: neighbouring accounts in any order, worked through one by one, so that a chain is as long as one likes and
+its answer right only where every step is.
 
-A problem reads `a17 4 a203 9 <think>`, its solution `a17 : 4 + 0 = 4 ; a203 : 9 + 4 = 13 ; </think> 13 <eos>`: of each
-account, in the order of the problem, what it holds, the sum so far and the sum with it, of a hundred as on an odometer.
-Every number is one token, and so is every account.
+A problem reads `a18 9 a17 4 a17 a18 <think>`: what each account holds, and which to begin and to end with. Its solution
+is `a17 : 4 + 0 = 4 ; a18 : 9 + 4 = 13 ; </think> 13 <eos>`: of each account, in the order of their numbers, what it
+holds, to be found anywhere in the problem, the sum so far and the sum with it, of a hundred as on an odometer. Every
+number is one token, and so is every account.
 """
 
 import random
@@ -19,19 +20,21 @@ WORDS = (*SPECIAL, *SIGNS, *map(str, range(SUMS)), *(f"a{i}" for i in range(ACCO
 COLON, PLUS, EQUALS, SEMICOLON = range(len(SPECIAL), len(SPECIAL) + len(SIGNS))
 NUMBER, ACCOUNT = len(SPECIAL) + len(SIGNS), len(SPECIAL) + len(SIGNS) + SUMS
 # Tokens of an account in a problem, and in its solution; and those around them.
-ASKED, WORKED, AROUND = 2, 8, 4
+ASKED, WORKED, AROUND = 2, 8, 6
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """accounts: (account, what it holds), each account once."""
+    """accounts: (account, what it holds), neighbours, each once."""
 
     accounts: tuple[tuple[int, int], ...]
 
     @property
     def prompt(self) -> tuple[int, ...]:
         """In tokens."""
-        return (*(t for account, held in self.accounts for t in (ACCOUNT + account, NUMBER + held)), THINK)
+        holdings = (t for account, held in self.accounts for t in (ACCOUNT + account, NUMBER + held))
+        numbers = [account for account, _ in self.accounts]
+        return (*holdings, ACCOUNT + min(numbers), ACCOUNT + max(numbers), THINK)
 
     @property
     def total(self) -> int:
@@ -43,14 +46,16 @@ def ledgers(seed: int, count: int, accounts: int) -> list[Ledger]:
     made: list[Ledger] = []
     for number in range(seed, seed + count):
         draw = random.Random(number)
-        made.append(Ledger(tuple((a, draw.randrange(10)) for a in draw.sample(range(ACCOUNTS), accounts))))
+        first = draw.randrange(ACCOUNTS - accounts + 1)
+        numbers = draw.sample(range(first, first + accounts), accounts)
+        made.append(Ledger(tuple((number, draw.randrange(10)) for number in numbers)))
     return made
 
 
 def solution(ledger: Ledger) -> list[int]:
     """The worked solution in tokens."""
     tokens, total = list[int](), 0
-    for account, held in ledger.accounts:
+    for account, held in sorted(ledger.accounts):
         before, total = total, (total + held) % SUMS
         tokens += [
             ACCOUNT + account,

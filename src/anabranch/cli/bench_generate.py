@@ -5,14 +5,10 @@ import math
 import os
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from anabranch.cli.cluster_book import comparable, rows_of
 from anabranch.cli.generate_cases import (
@@ -27,6 +23,7 @@ from anabranch.cli.generate_cases import (
 )
 from anabranch.cli.generate_engines import ROUNDS, Rate, rate_of_parts
 from anabranch.cli.launch import launch
+from anabranch.cli.roofs import higher, measure_roof
 from anabranch.costs.decode import Roof, decode_bound
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.scheduling.pages import PAGE
@@ -35,7 +32,6 @@ from anabranch.training.config import RunConfig
 
 GIB = 1 << 30
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}
-ROOF_S = 1.5
 TRAIN_STEPS = 60
 VLLM_S = 7200
 # Where the code of a row starts.
@@ -49,37 +45,6 @@ class Model(NamedTuple):
     folder: Path
 
 
-def measure_roofs() -> dict[str, Roof]:
-    """Of each precision of products, with all cores: torch's sum of 256 MiB, and its product of 2,048 squared.
-
-    A precision is never slower than those wider than it, which it could be widened to: without products of its own a
-    processor multiplies bf16 as fp32.
-    """
-    torch.set_num_threads(os.cpu_count() or 1)
-    much = torch.rand(1 << 26)
-    read_gbps = much.nbytes / _least_s(much.sum) / 1e9
-    n = 2048
-    wide = torch.rand(n, n)
-    half, whole = wide.bfloat16(), (wide * 100).to(torch.int8)
-    products: dict[str, Callable[[], Any]] = {
-        "float32": lambda: wide @ wide,
-        "bfloat16": lambda: half @ half,
-        "int8": lambda: torch._int_mm(whole, whole),
-    }
-    gflops = accumulate((2 * n**3 / _least_s(product) / 1e9 for product in products.values()), max)
-    return {name: Roof(read_gbps, most) for name, most in zip(products, gflops, strict=True)}
-
-
-def _least_s(work: Callable[[], Any]) -> float:
-    times: list[float] = []
-    until_s = time.perf_counter() + ROOF_S
-    while time.perf_counter() < until_s:
-        began_s = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began_s)
-    return min(times)
-
-
 def bench_generate(
     models: list[Model],
     cases: list[GenerateCase],
@@ -88,10 +53,11 @@ def bench_generate(
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows, as engines come to be measured: each in a process of its own, those of one dtype one after the other.
 
+    Roofs are measured before and after each case, for what a shared machine can do changes within minutes. vLLM runs
+    all cases of a dtype without us: theirs are measured before and after all of them.
     held: rows of an interrupted run; what has some is not measured again.
     """
     known = {(row["model"], row["engine"], row["dtype"]) for row in held}
-    roofs = measure_roofs()
     for model in models:
         sizes, most = sizes_of(model.folder), positions_of(load_config(model.folder))
         groups: dict[tuple[str, str], list[GenerateCase]] = {}
@@ -102,11 +68,15 @@ def bench_generate(
                 continue
             if engine == VLLM:
                 assert vllm_python is not None
+                before = measure_roof(dtype)
                 rates = vllm_rates(model.folder, group, vllm_python)
+                roofs = [higher(before, measure_roof(dtype))] * len(group)
             else:
                 settings = {"model": str(model.folder), "cases": [asdict(case) for case in group]}
-                rates = [Rate(**rate) for rate in launch("measure_generate", settings, 1)["rates"]]
-            yield [_row(model, sizes, roofs, c, rate) for c, rate in zip(group, rates, strict=True)]
+                told = launch("measure_generate", settings, 1)
+                rates = [Rate(**rate) for rate in told["rates"]]
+                roofs = [Roof(**roof) for roof in told["roofs"]]
+            yield [_row(model, sizes, *one) for one in zip(group, rates, roofs, strict=True)]
 
 
 def held_rows(json_file: Path | None, quick: bool) -> list[dict[str, Any]]:
@@ -125,15 +95,11 @@ def about_generate(quick: bool) -> dict[str, Any]:
     return comparable({"quick": quick}, ENTRIES)
 
 
-def _row(
-    model: Model, sizes: Sizes, roofs: dict[str, Roof], case: GenerateCase, rate: Rate
-) -> dict[str, Any]:
+def _row(model: Model, sizes: Sizes, case: GenerateCase, rate: Rate, roof: Roof) -> dict[str, Any]:
     kv_bytes = sizes.kv.page_bytes(case.kv_dtype) / PAGE
     # Half of the new tokens are cached in the mean; prompts that samples share are read once.
     cached = case.batch * (case.prompt_tokens / case.samples + case.new_tokens / 2)
-    bound = decode_bound(
-        sizes.decode, roofs[case.dtype], case.batch, cached, WEIGHT_BYTES[case.dtype], kv_bytes
-    )
+    bound = decode_bound(sizes.decode, roof, case.batch, cached, WEIGHT_BYTES[case.dtype], kv_bytes)
     return {
         "model": model.name,
         **asdict(case),
@@ -143,8 +109,8 @@ def _row(
         "roof_tokens_per_s": round(1e3 * case.batch / bound.step_ms, 1),
         "roof_fraction": round(rate.tokens_per_s * bound.step_ms / 1e3 / case.batch, 4),
         "bound_by": bound.by,
-        "read_gbps": round(roofs[case.dtype].read_gbps, 1),
-        "gflops": round(roofs[case.dtype].gflops, 1),
+        "read_gbps": round(roof.read_gbps, 1),
+        "gflops": round(roof.gflops, 1),
         "resident_mib": round(rate.resident_mib),
         "kv_tokens_per_gib": round(GIB / kv_bytes),
     }

@@ -7,7 +7,8 @@ stopped there: of it a run of many new tokens less a run of one is timed, both o
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from anabranch.cli.generate_cases import (
     prompts_of,
 )
 from anabranch.cli.llama_decode import llama_rounds
+from anabranch.cli.roofs import higher, measure_roof
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.pages import PAGE, pages_of
 from anabranch.scheduling.sampling import Sampling
@@ -47,16 +49,23 @@ class Rate(NamedTuple):
 
 
 def measure_rank(settings: dict[str, Any]) -> dict[str, Any]:
-    """The job of one process: the rates of `cases`, all of one engine and one dtype."""
+    """The job of one process: the rates of `cases`, all of one engine and one dtype, each with what the machine could
+    do at most before and after it."""
     cases = [GenerateCase.from_dict(case) for case in settings["cases"]]
-    rates = ENGINES[cases[0].engine](Path(settings["model"]), cases)
-    return {"rates": [rate._asdict() for rate in rates]}
+    rates, roofs = list[Rate](), [measure_roof(cases[0].dtype)]
+    for rate in ENGINES[cases[0].engine](Path(settings["model"]), cases):
+        rates.append(rate)
+        roofs.append(measure_roof(cases[0].dtype))
+    return {
+        "rates": [rate._asdict() for rate in rates],
+        "roofs": [asdict(higher(*around)) for around in pairwise(roofs)],
+    }
 
 
-def _ours(folder: Path, cases: list[GenerateCase]) -> list[Rate]:
+def _ours(folder: Path, cases: list[GenerateCase]) -> Iterator[Rate]:
     dtype = "bfloat16" if cases[0].dtype == "int8" else cases[0].dtype
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return [_ours_once(folder, model, case) for case in cases]
+    yield from (_ours_once(folder, model, case) for case in cases)
 
 
 def _ours_once(folder: Path, model: Any, case: GenerateCase) -> Rate:
@@ -90,10 +99,10 @@ def _kv_mib(config: Any, case: GenerateCase, tokens: int) -> int:
     return int(case.batch * tokens * numbers * width) // MIB + 16
 
 
-def _transformers(folder: Path, cases: list[GenerateCase]) -> list[Rate]:
+def _transformers(folder: Path, cases: list[GenerateCase]) -> Iterator[Rate]:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=cases[0].dtype).eval()
 
-    return [_transformers_once(folder, model, case) for case in cases]
+    yield from (_transformers_once(folder, model, case) for case in cases)
 
 
 class _Clock(StoppingCriteria):
@@ -121,7 +130,7 @@ def _transformers_once(folder: Path, model: Any, case: GenerateCase) -> Rate:
     )
 
 
-def _transformers_batch(folder: Path, cases: list[GenerateCase]) -> list[Rate]:
+def _transformers_batch(folder: Path, cases: list[GenerateCase]) -> Iterator[Rate]:
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=cases[0].dtype, attn_implementation="paged|sdpa"
     ).eval()
@@ -132,12 +141,12 @@ def _transformers_batch(folder: Path, cases: list[GenerateCase]) -> list[Rate]:
         )
         model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
 
-    return [_difference(folder, case, run) for case in cases]
+    yield from (_difference(folder, case, run) for case in cases)
 
 
-def _llama_cpp(folder: Path, cases: list[GenerateCase]) -> list[Rate]:
+def _llama_cpp(folder: Path, cases: list[GenerateCase]) -> Iterator[Rate]:
     rounds = llama_rounds(folder, cases, ROUNDS, os.cpu_count() or 1)
-    return [rate_of_parts(rates, resident_bytes() / MIB) for rates in rounds]
+    yield from (rate_of_parts(rates, resident_bytes() / MIB) for rates in rounds)
 
 
 def _difference(folder: Path, case: GenerateCase, run: Callable[[list[list[int]], int], None]) -> Rate:
@@ -164,7 +173,7 @@ def rate_of_parts(rates: list[float], resident_mib: float) -> Rate:
     return Rate(statistics.median(rates), max(rates) / min(rates), resident_mib)
 
 
-ENGINES: dict[str, Callable[[Path, list[GenerateCase]], list[Rate]]] = {
+ENGINES: dict[str, Callable[[Path, list[GenerateCase]], Iterator[Rate]]] = {
     OURS: _ours,
     TRANSFORMERS: _transformers,
     BATCHED: _transformers_batch,

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from anabranch.errors import ConfigError
 from anabranch.serving.native.library import Attention, Heads, library
@@ -44,12 +44,15 @@ class BatchInvariant(TorchFunctionMode):
         return REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
+def batch_invariant() -> bool:
+    """Whether this thread is within `BatchInvariant`."""
+    return any(isinstance(mode, BatchInvariant) for mode in _get_current_function_mode_stack())
+
+
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """As torch's, each output summed over the inputs one by one."""
-    x_RK = x.reshape(-1, x.shape[-1])
-    ends_E = torch.tensor([len(x_RK)], dtype=torch.int32)
-    out_RN = _Product.apply(x_RK, weight_NK.unsqueeze(0), ends_E)
-    out = cast(Tensor, out_RN).unflatten(0, x.shape[:-1])
+    ends_E = torch.tensor([x.numel() // x.shape[-1]], dtype=torch.int32)
+    out = cast(Tensor, _Product.apply(x, weight_NK.unsqueeze(0), ends_E))
     return out if bias_N is None else out + bias_N
 
 
@@ -59,6 +62,16 @@ def grouped_mm(
     """As torch's over sorted rows; rows after the last group become zeros."""
     assert bias is None and out_dtype in (None, torch.float32)
     return cast(Tensor, _Product.apply(x_RK, weight_EKN.transpose(1, 2), offs.int()))
+
+
+def bmm(a_BNK: Tensor, b_BKM: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """As torch's where N or M is 1: the weighted sums of experts' answers, and their gradients."""
+    if 1 not in (a_BNK.shape[1], b_BKM.shape[2]):
+        raise ConfigError("products of batches of matrices are not computed", setting="model")
+    rows = a_BNK.shape[1] == 1
+    a, b = (a_BNK.mT, b_BKM) if rows else (a_BNK, b_BKM.mT)
+    sums = (a * b).sum(1 if rows else 2, keepdim=True)
+    return sums if out is None else out.copy_(sums)
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -84,25 +97,25 @@ def attention(
 
 
 class _Product(torch.autograd.Function):
-    """Rows sorted into groups, the rows before ends_E of each with a matrix of their own."""
+    """Rows sorted into groups, the rows before ends_E of each with a matrix of their own. x: of any leading
+    dimensions; FSDP wants no view of the product."""
 
     @staticmethod
-    def forward(ctx: Any, x_RK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
-        _check(x_RK, weight_ENK)
-        x_RK, weight_ENK = x_RK.contiguous(), weight_ENK.contiguous()
+    def forward(ctx: Any, x: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
+        _check(x, weight_ENK)
+        x, weight_ENK = x.contiguous(), weight_ENK.contiguous()
         groups, outputs, inputs = weight_ENK.shape
-        out_RN = x_RK.new_zeros(len(x_RK), outputs)
+        out = x.new_zeros(*x.shape[:-1], outputs)
         library().anabranch_product(
-            x_RK.data_ptr(), weight_ENK.data_ptr(), ends_E.data_ptr(), out_RN.data_ptr(),
-            groups, inputs, outputs,
-        )  # fmt: skip
-        ctx.save_for_backward(x_RK, weight_ENK, ends_E)
-        return out_RN
+            x.data_ptr(), weight_ENK.data_ptr(), ends_E.data_ptr(), out.data_ptr(), groups, inputs, outputs
+        )
+        ctx.save_for_backward(x, weight_ENK, ends_E)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_RK, weight_ENK, ends_E = ctx.saved_tensors
-        grad_RN = grads[0].contiguous()
+        x, weight_ENK, ends_E = ctx.saved_tensors
+        x_RK, grad_RN = (t.reshape(-1, t.shape[-1]) for t in (x, grads[0].contiguous()))
         ends = ends_E.tolist()
         of_x = torch.zeros_like(x_RK) if ctx.needs_input_grad[0] else None
         of_weight = torch.zeros_like(weight_ENK) if ctx.needs_input_grad[1] else None
@@ -113,7 +126,7 @@ class _Product(torch.autograd.Function):
                     torch.mm(grad, weight_ENK[e], out=of_x[first:last])
                 if of_weight is not None:
                     torch.mm(grad.t(), x_RK[first:last], out=of_weight[e])
-        return of_x, of_weight, None
+        return None if of_x is None else of_x.view_as(x), of_weight, None
 
 
 class _RowAttention(torch.autograd.Function):
@@ -192,6 +205,7 @@ def _check(*tensors: Tensor) -> None:
 REPLACED: dict[Any, Callable[..., Tensor]] = {
     nnf.linear: linear,
     torch._grouped_mm: grouped_mm,
+    torch.bmm: bmm,
     nnf.scaled_dot_product_attention: attention,
     nnf.silu: silu,
     torch.sigmoid: sigmoid,
@@ -199,6 +213,6 @@ REPLACED: dict[Any, Callable[..., Tensor]] = {
     Tensor.sigmoid: sigmoid,
 }
 REFUSED = frozenset({
-    torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum,
+    torch.matmul, torch.mm, torch.addmm, torch.baddbmm, torch.einsum,
     Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__, Tensor.__rmatmul__,
 })  # fmt: skip

@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 
 from anabranch.errors import ConfigError
 from anabranch.integrations.routers import experts_modules
+from anabranch.integrations.transformers import AUTO, AdaptiveSettings, adaptive_layers
 from anabranch.scheduling.chain import Chain, End, Request
 from anabranch.scheduling.pages import PAGE
 from anabranch.scheduling.scheduler import Part
 from anabranch.serving.engine import Engine, EngineSettings
+from anabranch.serving.invariant import batch_invariant
 from anabranch.serving.parallel import ParallelEngine
 from anabranch.serving.step.base import Outputs
 from anabranch.serving.step.native import NativeStep
@@ -97,7 +99,13 @@ class RolloutEngine:
         return self.refreshed
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """All samples of all requests, in their order, by the model in evaluation mode; it is then put back."""
+        """All samples of all requests, in their order, by the model in evaluation mode; it is then put back.
+
+        Raises ConfigError within `BatchInvariant` where experts on several ranks would not be.
+        """
+        if batch_invariant():
+            for layer in adaptive_layers(self.model).values():
+                _check_sums(layer.settings)
         if self._versions != _versions(self.model):
             self.refresh()
         training = [module for module in self.model.modules() if module.training]
@@ -159,6 +167,16 @@ class _Routing:
         for index in range(chain.cached // PAGE):
             mine[:, index * PAGE : (index + 1) * PAGE] = self._by_page[chain.pages[index]]
         return mine
+
+
+def _check_sums(settings: AdaptiveSettings) -> None:
+    """Of what its experts answer a token's rank adds up all, or others parts of it first: these have to be the same."""
+    if settings.transport != "all_to_all" and (settings.transport == AUTO or settings.planner != "static"):
+        raise ConfigError(
+            f"{settings.transport} adds a token's answers where its experts are, which {settings.planner!r} changes: "
+            "batch-invariant experts want all_to_all, or planner='static' and one transport",
+            setting="transport",
+        )
 
 
 def _versions(model: nn.Module) -> list[int]:

@@ -1,5 +1,6 @@
-// Products with few rows. A weight matrix is packed in blocks of 64 outputs; within a block, step by step along the
-// inputs, 64 neighbours lie side by side, so that a product streams the block once, from its beginning to its end.
+// Products with few rows. A weight matrix is packed in blocks of 32 outputs; within a block, step by step along the
+// inputs, 32 neighbours lie side by side, so that a product streams the block once, from its beginning to its end. The
+// narrower a block, the more rows are computed while it comes from memory.
 // Every output is summed along the inputs in one fixed order, whatever the number of rows: a row's result does not
 // depend on the batch it is in.
 #pragma once
@@ -10,25 +11,25 @@
 
 namespace anabranch {
 
-constexpr int BLOCK = 64;             // outputs of a block
+constexpr int BLOCK = 32;             // outputs of a block
 constexpr int QUADS = BLOCK / LANES;  // registers of a block
 #ifdef __AVX512F__
-constexpr int TILE = 6;  // rows at once: 6 x 4 sums and 4 weights fit 32 registers
+constexpr int TILE = 12;  // rows at once: 12 x 2 sums and 2 weights fit 32 registers
 #else
-constexpr int TILE = 2;
+constexpr int TILE = 3;
 #endif
 
 template <int M>
-using Sums = f32x16[M][QUADS];
+using Tile = f32x16[M][QUADS];
 
 // Weights come from memory in one stream, whose pages the processor's own prefetching does not cross.
-constexpr int AHEAD = 4096;  // bytes; 2048 and 8192 are slower
+constexpr int AHEAD = 4096;  // bytes
 template <class T>
 inline void prefetch(const T* weights) {
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(reinterpret_cast<const char*>(weights) + AHEAD + 64 * line);
+    for (int line = 0; line < QUADS; ++line) __builtin_prefetch(reinterpret_cast<const char*>(weights) + AHEAD + 64 * line);
 }
 
-// fp32: weights[input][64].
+// fp32: weights[input][32].
 struct F32 {
     using Act = float;
 
@@ -38,7 +39,7 @@ struct F32 {
     static int64_t block_bytes(int inputs) { return int64_t{BLOCK} * inputs * 4; }
 
     template <int M>
-    static void multiply(const uint8_t* block, int inputs, const float* const* rows, Sums<M>& sums) {
+    static void multiply(const uint8_t* block, int inputs, const float* const* rows, Tile<M>& sums) {
         const float* weights = reinterpret_cast<const float*>(block);
         for (int i = 0; i < inputs; ++i, weights += BLOCK) {
             prefetch(weights);
@@ -50,7 +51,7 @@ struct F32 {
     }
 };
 
-// bf16: weights[input / 2][64][2], products of pairs summed in fp32. Without instructions for them, rows are rounded to
+// bf16: weights[input / 2][32][2], products of pairs summed in fp32. Without instructions for them, rows are rounded to
 // bf16 and kept as fp32, so that weights alone have to be widened.
 struct BF16 {
 #ifdef __AVX512BF16__
@@ -77,7 +78,7 @@ struct BF16 {
     static int64_t block_bytes(int inputs) { return int64_t{BLOCK} * inputs * 2; }
 
     template <int M>
-    static void multiply(const uint8_t* block, int inputs, const Act* const* rows, Sums<M>& sums) {
+    static void multiply(const uint8_t* block, int inputs, const Act* const* rows, Tile<M>& sums) {
         const bf16* weights = reinterpret_cast<const bf16*>(block);
         for (int i = 0; i < inputs; i += 2, weights += 2 * BLOCK) {
 #ifdef __AVX512BF16__
@@ -110,7 +111,7 @@ struct BF16 {
     }
 };
 
-// int8: scale[64] in fp32, then weights[input / 4][64][4], kept unsigned with 128 for zero. A row is quantised in groups
+// int8: scale[32] in fp32, then weights[input / 4][32][4], kept unsigned with 128 for zero. A row is quantised in groups
 // of 32 neighbours with a scale each: 32 numbers, the scale, and -128 times their sum, which takes the 128 out of the
 // integer sums. Sums of a group are exact; groups are added in fp32 in their order.
 struct INT8 {
@@ -137,7 +138,7 @@ struct INT8 {
     }
 
     template <int M>
-    static void multiply(const uint8_t* block, int inputs, const uint8_t* const* rows, Sums<M>& sums) {
+    static void multiply(const uint8_t* block, int inputs, const uint8_t* const* rows, Tile<M>& sums) {
         const uint8_t* weights = block + BLOCK * 4;
         for (int g = 0; g < inputs / GROUP; ++g) {
             i32x16 whole[M][QUADS];
@@ -162,7 +163,7 @@ struct INT8 {
         }
     }
 
-    // Four inputs, at `at` in each row, with 64 outputs.
+    // Four inputs, at `at` in each row, with 32 outputs.
     template <int M>
     static void add_products(const uint8_t* weights, const uint8_t* const* rows, int at, i32x16 (*whole)[QUADS]) {
 #ifdef __AVX512VNNI__
@@ -187,16 +188,16 @@ struct INT8 {
     }
 };
 
-// A block with rows [first, first + M); done(row, sums of its 64 outputs) is called once a row.
-template <class Kind, int M, class Done>
-inline void tile(const uint8_t* block, int inputs, const typename Kind::Act* const* rows, int first,
-                 const Done& done) {
-    Sums<M> sums = {};
-    Kind::template multiply<M>(block, inputs, rows + first, sums);
-    for (int m = 0; m < M; ++m) done(first + m, sums[m]);
+// The sums of M rows. Of each kind and M there is one, whoever calls it: they are most of what is compiled.
+template <class Kind, int M>
+__attribute__((noinline)) void tile(const uint8_t* block, int inputs, const typename Kind::Act* const* rows,
+                                    f32x16 (*sums)[QUADS]) {
+    Tile<M> kept = {};
+    Kind::template multiply<M>(block, inputs, rows, kept);
+    std::memcpy(sums, kept, sizeof kept);
 }
 
-// Block `b` of a matrix with `count` rows.
+// Block `b` of a matrix with `count` rows; done(row, sums of its 32 outputs) is called once a row.
 template <class Kind, class Done>
 inline void multiply_block(const uint8_t* matrix, int64_t b, int inputs, const typename Kind::Act* const* rows,
                            int count, const Done& done) {
@@ -205,16 +206,24 @@ inline void multiply_block(const uint8_t* matrix, int64_t b, int inputs, const t
         const int left = count - first;
         const int tiles = (left + TILE - 1) / TILE;
         const int take = (left + tiles - 1) / tiles;
+        Tile<TILE> sums;
         switch (take) {
-            case 1: tile<Kind, 1>(block, inputs, rows, first, done); break;
-            case 2: tile<Kind, 2>(block, inputs, rows, first, done); break;
+            case 1: tile<Kind, 1>(block, inputs, rows + first, sums); break;
+            case 2: tile<Kind, 2>(block, inputs, rows + first, sums); break;
+            case 3: tile<Kind, 3>(block, inputs, rows + first, sums); break;
 #ifdef __AVX512F__
-            case 3: tile<Kind, 3>(block, inputs, rows, first, done); break;
-            case 4: tile<Kind, 4>(block, inputs, rows, first, done); break;
-            case 5: tile<Kind, 5>(block, inputs, rows, first, done); break;
-            case 6: tile<Kind, 6>(block, inputs, rows, first, done); break;
+            case 4: tile<Kind, 4>(block, inputs, rows + first, sums); break;
+            case 5: tile<Kind, 5>(block, inputs, rows + first, sums); break;
+            case 6: tile<Kind, 6>(block, inputs, rows + first, sums); break;
+            case 7: tile<Kind, 7>(block, inputs, rows + first, sums); break;
+            case 8: tile<Kind, 8>(block, inputs, rows + first, sums); break;
+            case 9: tile<Kind, 9>(block, inputs, rows + first, sums); break;
+            case 10: tile<Kind, 10>(block, inputs, rows + first, sums); break;
+            case 11: tile<Kind, 11>(block, inputs, rows + first, sums); break;
+            case 12: tile<Kind, 12>(block, inputs, rows + first, sums); break;
 #endif
         }
+        for (int m = 0; m < take; ++m) done(first + m, sums[m]);
         first += take;
     }
 }

@@ -15,7 +15,7 @@ struct AnabranchLayer {
     const uint8_t* out;
     const float* out_bias;
     const uint8_t* router;  // fp32, packed; null for a dense layer, which is one expert for all
-    const uint8_t* gate_up;    // blocks of 32 gates and their 32 ups
+    const uint8_t* gate_up;    // blocks of 16 gates and their 16 ups
     const uint8_t* down;
     const uint8_t* shared_gate_up;
     const uint8_t* shared_down;
@@ -62,7 +62,7 @@ struct AnabranchRows {
     const int32_t* table;     // [chains][table_stride] page numbers
     const int32_t* want;      // [wanted] rows whose logits are wanted
     uint8_t* pool[4];         // by format
-    float* logits;            // [wanted][vocab padded to 64]
+    float* logits;            // [wanted][vocab padded to 32]
     int32_t* best;            // [wanted] the most probable token
     float* log_total;         // [wanted] log of the sum of exponentials of the logits
     int32_t* routed;          // [layers][rows][top_k] experts, null where not asked

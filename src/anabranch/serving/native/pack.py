@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-BLOCK = 64
+BLOCK = 32
 HALF = BLOCK // 2
 # What int8 weights are kept above their value.
 ZERO = 128
@@ -19,7 +19,7 @@ def pad(n: int, to: int) -> int:
 
 
 def pack(weight_NK: Tensor, kind: str) -> Tensor:
-    """Blocks of 64 outputs, input by input (pairs of inputs in bf16, fours in int8); outputs are padded with zeros.
+    """Blocks of 32 outputs, input by input (pairs of inputs in bf16, fours in int8); outputs are padded with zeros.
 
     Leading dimensions stay in front. kind: "float32", "bfloat16", or "int8", whose blocks of bytes begin with the
     scales of their outputs.
@@ -35,16 +35,16 @@ def pack(weight_NK: Tensor, kind: str) -> Tensor:
 
 
 def pack_gate_up(gate_up_EXD: Tensor, kind: str) -> Tensor:
-    """[gates; ups] of each expert as blocks of 32 gates and their 32 ups; the width is padded to 32."""
+    """[gates; ups] of each expert as blocks of 16 gates and their 16 ups; the width is padded to 32."""
     gate_EFD, up_EFD = gate_up_EXD.chunk(2, dim=-2)
     parts = [_halves(part) for part in (gate_EFD, up_EFD)]
     return pack(torch.cat(parts, dim=-2).flatten(-3, -2), kind)
 
 
 def pack_down(down_EDF: Tensor, kind: str) -> Tensor:
-    """Outputs in blocks of 64; inputs padded as `pack_gate_up` pads the width."""
+    """Outputs in blocks of 32; inputs padded as `pack_gate_up` pads the width."""
     width = down_EDF.shape[-1]
-    return pack(nnf.pad(down_EDF, (0, pad(width, HALF) - width)), kind)
+    return pack(nnf.pad(down_EDF, (0, pad(width, BLOCK) - width)), kind)
 
 
 def _blocks(weight_NK: Tensor, step: int) -> Tensor:
@@ -54,4 +54,4 @@ def _blocks(weight_NK: Tensor, step: int) -> Tensor:
 
 def _halves(part_EFD: Tensor) -> Tensor:
     *lead, width, hidden = part_EFD.shape
-    return nnf.pad(part_EFD, (0, 0, 0, pad(width, HALF) - width)).reshape(*lead, -1, HALF, hidden)
+    return nnf.pad(part_EFD, (0, 0, 0, pad(width, BLOCK) - width)).reshape(*lead, -1, HALF, hidden)

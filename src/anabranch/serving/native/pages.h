@@ -18,6 +18,7 @@ namespace anabranch {
 
 constexpr int PAGE = LANES;       // tokens of a page
 constexpr int FORMAT_SHIFT = 28;  // of a page's number: the upper bits are its format
+constexpr int MAX_DIM = 512;      // of a head
 
 enum Format : int32_t { KV_F32 = 0, KV_BF16 = 1, KV_INT8 = 2, KV_INT4 = 3, FORMATS = 4 };
 
@@ -25,6 +26,8 @@ enum Format : int32_t { KV_F32 = 0, KV_BF16 = 1, KV_INT8 = 2, KV_INT4 = 3, FORMA
 struct int4x2 {
     uint8_t bits;
 };
+
+inline Format format_of(int32_t page) { return static_cast<Format>(page >> FORMAT_SHIFT); }
 
 struct PageShape {
     int layers, heads, dim;  // key-value heads
@@ -46,7 +49,7 @@ struct Pools {
     explicit Pools(uint8_t* const* pools) { std::copy(pools, pools + FORMATS, data); }
 
     uint8_t* head(const PageShape& shape, int32_t page, int layer, int head) const {
-        const auto format = static_cast<Format>(page >> FORMAT_SHIFT);
+        const auto format = format_of(page);
         const int64_t index = page & ((1 << FORMAT_SHIFT) - 1);
         return data[format] + index * shape.page_bytes(format) + layer * shape.layer_bytes(format) +
                head * shape.head_bytes(format);
@@ -205,67 +208,116 @@ inline void softmax(float* scores, int length) {
     for (int i = 0; i < padded; i += PAGE) store(scores + i, load(scores + i) * scale);
 }
 
-// Attention of one token's G queries (of one key-value head, already scaled) over `length` cached tokens.
-// scratch: a page's scales, and group x padded length. mass: where given, this page's share of the weights is added to
-// mass[page].
+// A page's scores, or weighted values, whatever its format; `page` is that of one layer and head.
+inline void page_scores(Format format, const PageShape& shape, const uint8_t* page, int group, const float* query,
+                        float* scores, int64_t stride) {
+    const int dim = shape.dim;
+    if (format == KV_F32) {
+        page_scores(reinterpret_cast<const float*>(page), NONE, NONE, dim, group, query, scores, stride);
+    } else if (format == KV_BF16) {
+        page_scores(reinterpret_cast<const bf16*>(page), NONE, NONE, dim, group, query, scores, stride);
+    } else if (format == KV_INT8) {
+        const auto* keys = reinterpret_cast<const int8_t*>(page);
+        float scale[MAX_DIM];
+        for (int d = 0; d < dim; ++d) scale[d] = scale_of(keys + d * PAGE);
+        page_scores(keys, scale, NONE, dim, group, query, scores, stride);
+    } else {
+        const auto* scale = reinterpret_cast<const bf16*>(page + shape.numbers());
+        page_scores(reinterpret_cast<const int4x2*>(page), scale, scale + dim, dim, group, query, scores, stride);
+    }
+}
+
+inline void page_values(Format format, const PageShape& shape, const uint8_t* page, int tokens, int group,
+                        const float* weights, int64_t stride, float* out) {
+    const int dim = shape.dim;
+    const int64_t numbers = shape.numbers();
+    if (format == KV_F32) {
+        const auto* values = reinterpret_cast<const float*>(page) + numbers;
+        page_values(values, NONE, NONE, dim, tokens, group, weights, stride, out);
+    } else if (format == KV_BF16) {
+        const auto* values = reinterpret_cast<const bf16*>(page) + numbers;
+        page_values(values, NONE, NONE, dim, tokens, group, weights, stride, out);
+    } else if (format == KV_INT8) {
+        const auto* values = reinterpret_cast<const int8_t*>(page) + numbers;
+        float scale[PAGE];
+        for (int t = 0; t < PAGE; ++t) scale[t] = scale_of(values + t * dim);
+        page_values(values, scale, NONE, dim, tokens, group, weights, stride, out);
+    } else {
+        const auto* values = reinterpret_cast<const int4x2*>(page + numbers / 2);
+        const auto* scale = reinterpret_cast<const bf16*>(page + numbers) + 2 * dim;
+        page_values(values, scale, scale + PAGE, dim, tokens, group, weights, stride, out);
+    }
+}
+
+// Pages lie anywhere in memory. Its first lines fetched, the processor fetches the rest of one by itself; all of them
+// fetched so is slower.
+inline void fetch(const uint8_t* page) {
+    for (int line = 0; line < 8; ++line) __builtin_prefetch(page + 64 * line);
+}
+
+// Of one query's attention so far: the largest score, and the sum of exponentials relative to it.
+struct Weighed {
+    float top = -INFINITY, total = 0.0f;
+};
+
+// Replaces scores by their exponentials, up to a multiple of 16 by zeros, and brings what was added to `out` before to
+// the same scale (Milakov and Gimelshein, arXiv:1805.02867).
+inline void weigh(float* scores, int count, Weighed& so_far, float* out, int dim) {
+    const int padded = (count + LANES - 1) / LANES * LANES;
+    for (int i = count; i < padded; ++i) scores[i] = -INFINITY;
+    f32x16 most = splat(so_far.top);
+    for (int i = 0; i < padded; i += LANES) most = larger(most, load(scores + i));
+    const float top = largest(most);
+    if (top > so_far.top && so_far.total > 0.0f) {
+        const float scale = std::exp(so_far.top - top);
+        so_far.total *= scale;
+        for (int d = 0; d < dim; d += LANES) store(out + d, load(out + d) * scale);
+    }
+    so_far.top = top;
+    f32x16 total{};
+    for (int i = 0; i < padded; i += LANES) {
+        store(scores + i, exponential(load(scores + i) - top));
+        if (i + LANES > count)
+            for (int j = count; j < padded; ++j) scores[j] = 0.0f;
+        total += load(scores + i);
+    }
+    so_far.total += sum(total);
+}
+
+// Attention of one token's G queries (of one key-value head, already scaled) over `length` cached tokens: of some pages
+// the keys, then the values, which the cache still holds; then of the next ones. mass: where given, a page's share of
+// the weights is added to mass[page].
 inline void attend(const Pools& pools, const PageShape& shape, const int32_t* table, int length, int layer, int head,
                    int group, const float* query, float* out, std::vector<float>& scratch, float* mass) {
+    constexpr int RUN = 4, STRIDE = RUN * PAGE;  // pages at once, and their tokens
     const int dim = shape.dim, pages = (length + PAGE - 1) / PAGE;
-    const int64_t stride = int64_t{pages} * PAGE;
-    const int64_t needed = std::max(dim, PAGE) + group * stride;
-    if (static_cast<int64_t>(scratch.size()) < needed) scratch.resize(2 * needed);
-    float *scale8 = scratch.data(), *scores = scale8 + std::max(dim, PAGE);
-    for (int p = 0; p < pages; ++p) {
-        const uint8_t* page = pools.head(shape, table[p], layer, head);
-        float* at = scores + p * PAGE;
-        switch (table[p] >> FORMAT_SHIFT) {
-            case KV_F32:
-                page_scores(reinterpret_cast<const float*>(page), NONE, NONE, dim, group, query, at, stride);
-                break;
-            case KV_BF16:
-                page_scores(reinterpret_cast<const bf16*>(page), NONE, NONE, dim, group, query, at, stride);
-                break;
-            case KV_INT8: {
-                const auto* keys = reinterpret_cast<const int8_t*>(page);
-                for (int d = 0; d < dim; ++d) scale8[d] = scale_of(keys + d * PAGE);
-                page_scores(keys, scale8, NONE, dim, group, query, at, stride);
-                break;
-            }
-            default: {
-                const auto* scale = reinterpret_cast<const bf16*>(page + shape.numbers());
-                page_scores(reinterpret_cast<const int4x2*>(page), scale, scale + dim, dim, group, query, at, stride);
+    std::vector<Weighed> weighed(group);
+    scratch.resize(std::max<size_t>(scratch.size(), group * (STRIDE + (mass ? 2 * pages : 0))));
+    float *scores = scratch.data(), *sums = scores + group * STRIDE, *tops = sums + group * pages;
+    std::fill(out, out + group * dim, 0.0f);
+    for (int first = 0; first < pages; first += RUN) {
+        const int end = std::min(first + RUN, pages), tokens = std::min(length - first * PAGE, STRIDE);
+        for (int p = first; p < end; ++p) {
+            if (p + 1 < pages) fetch(pools.head(shape, table[p + 1], layer, head));
+            page_scores(format_of(table[p]), shape, pools.head(shape, table[p], layer, head), group, query,
+                        scores + (p - first) * PAGE, STRIDE);
+        }
+        for (int g = 0; g < group; ++g) weigh(scores + g * STRIDE, tokens, weighed[g], out + g * dim, dim);
+        for (int p = first; p < end; ++p) {
+            const float* weights = scores + (p - first) * PAGE;
+            page_values(format_of(table[p]), shape, pools.head(shape, table[p], layer, head),
+                        std::min(length - p * PAGE, PAGE), group, weights, STRIDE, out);
+            for (int g = 0; mass && g < group; ++g) {
+                sums[g * pages + p] = sum(load(weights + g * STRIDE));
+                tops[g * pages + p] = weighed[g].top;
             }
         }
     }
-    for (int g = 0; g < group; ++g) softmax(scores + g * stride, length);
-    for (int i = 0; i < group * dim; ++i) out[i] = 0.0f;
-    for (int p = 0; p < pages; ++p) {
-        const uint8_t* page = pools.head(shape, table[p], layer, head);
-        const int tokens = p + 1 < pages ? PAGE : length - p * PAGE;
-        const float* at = scores + p * PAGE;
-        switch (table[p] >> FORMAT_SHIFT) {
-            case KV_F32:
-                page_values(reinterpret_cast<const float*>(page) + shape.numbers(), NONE, NONE, dim, tokens,
-                            group, at, stride, out);
-                break;
-            case KV_BF16:
-                page_values(reinterpret_cast<const bf16*>(page) + shape.numbers(), NONE, NONE, dim, tokens,
-                            group, at, stride, out);
-                break;
-            case KV_INT8: {
-                const auto* values = reinterpret_cast<const int8_t*>(page) + shape.numbers();
-                for (int t = 0; t < PAGE; ++t) scale8[t] = scale_of(values + t * dim);
-                page_values(values, scale8, NONE, dim, tokens, group, at, stride, out);
-                break;
-            }
-            default: {
-                const auto* scale = reinterpret_cast<const bf16*>(page + shape.numbers()) + 2 * dim;
-                page_values(reinterpret_cast<const int4x2*>(page + shape.numbers() / 2), scale, scale + PAGE, dim,
-                            tokens, group, at, stride, out);
-            }
-        }
-        if (mass)
-            for (int g = 0; g < group; ++g) mass[p] += sum(load(at + g * stride));
+    for (int g = 0; g < group; ++g) {
+        const float scale = 1.0f / weighed[g].total;
+        for (int d = 0; d < dim; d += LANES) store(out + g * dim + d, load(out + g * dim + d) * scale);
+        for (int p = 0; mass && p < pages; ++p)
+            mass[p] += sums[g * pages + p] * std::exp(tops[g * pages + p] - weighed[g].top) * scale;
     }
 }
 

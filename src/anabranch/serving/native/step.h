@@ -11,8 +11,6 @@
 
 namespace anabranch {
 
-constexpr int MAX_DIM = 512;  // of a head
-
 inline int padded(int n, int to) { return (n + to - 1) / to * to; }
 
 // Rows of each expert, in order of experts and then of rows.
@@ -136,11 +134,9 @@ class Step {
         const auto& rows = *rows_;
         auto& own = own_[member];
         gather(own, normal_, wide_, rows.rows);
-        for (int b; (b = team_.take()) < qkv_wide_ / BLOCK;)
-            multiply_block<Kind>(layer.qkv, b, model_.hidden, own.inputs.data(), rows.rows,
-                                 [&](int r, const f32x16* sums) {
-                                     keep(&qkv_[size_t(r) * qkv_wide_], layer.qkv_bias, b, sums);
-                                 });
+        multiply(layer.qkv, qkv_wide_, model_.hidden, own, [&](int r, int b, const f32x16* sums) {
+            keep(&qkv_[size_t(r) * qkv_wide_], layer.qkv_bias, b, sums);
+        });
         team_.meet();
         const int tasks = rows.rows * model_.kv_heads;
         for (int t; (t = team_.take()) < tasks;) {
@@ -153,12 +149,20 @@ class Step {
             team_.meet();
         }
         gather(own, attended_, queries_, rows.rows);
-        for (int b; (b = team_.take()) < wide_ / BLOCK;)
-            multiply_block<Kind>(layer.out, b, queries_, own.inputs.data(), rows.rows,
-                                 [&](int r, const f32x16* sums) {
-                                     add(&residual_[size_t(r) * wide_], layer.out_bias, b, sums, 1.0f);
-                                 });
+        multiply(layer.out, wide_, queries_, own, [&](int r, int b, const f32x16* sums) {
+            add(&residual_[size_t(r) * wide_], layer.out_bias, b, sums, 1.0f);
+        });
         team_.meet();
+    }
+
+    // The inputs of `own` times a matrix, shared by the team; done(input, block, sums).
+    template <class Done>
+    void multiply(const uint8_t* matrix, int outputs, int inputs, const Own& own, const Done& done) {
+        team_.share(outputs / BLOCK, [&](int from, int to) {
+            for (int b = from; b < to; ++b)
+                multiply_block<Kind>(matrix, b, inputs, own.inputs.data(), static_cast<int>(own.inputs.size()),
+                                     [&](int i, const f32x16* sums) { done(i, b, sums); });
+        });
     }
 
     // Rotates a row's key of one key-value head and the queries of its group; caches key and value. What the
@@ -196,7 +200,7 @@ class Step {
         }
         rotate(rotated, cosine, sine);
         const Pools pools(rows.pool);
-        write_token(static_cast<Format>(page >> FORMAT_SHIFT), pools.head(shape_, page, l, head), slot, dim, rotated,
+        write_token(format_of(page), pools.head(shape_, page, l, head), slot, dim, rotated,
                     row + queries_ + keys_ + head * dim);
     }
 
@@ -232,7 +236,7 @@ class Step {
         softmax(p, layer.experts);
         float total = 0.0f;
         for (int i = 0; i < k; ++i) {
-            const int best = static_cast<int>(std::max_element(p, p + layer.experts) - p);
+            const int best = place_of_largest(p, layer.experts);
             ids[i] = best, weights[i] = p[best], total += p[best], p[best] = -1.0f;
         }
         if (model_.normalise_top_k)
@@ -263,7 +267,7 @@ class Step {
         for (int d = 0; d < model_.hidden; ++d) own.out[d] = residual_[size_t(r) * wide_ + d] * later.mlp_norm[d];
         float* p = scores(later, own.out.data(), own);
         for (int i = 0; i < later.top_k; ++i) {
-            const int best = static_cast<int>(std::max_element(p, p + later.experts) - p);
+            const int best = place_of_largest(p, later.experts);
             guesses_[size_t(r) * later.top_k + i] = best, p[best] = -INFINITY;
         }
     }
@@ -315,62 +319,71 @@ class Step {
         return layer.width * 2 / BLOCK * Kind::block_bytes(model_.hidden);
     }
 
+    // Tasks of gates and ups are pairs of blocks: a group of int8 activations is as long as what two of them give.
     void one_round(const AnabranchLayer& layer, Own& own, const std::vector<int>& order, bool last) {
-        const int n = rows_->rows, width = layer.width, blocks = width * 2 / BLOCK;
+        const int n = rows_->rows, width = layer.width, pairs = width / BLOCK;
         const auto& groups = own.groups;
-        const int shared_blocks = last ? layer.shared_width * 2 / BLOCK : 0;
-        const int tasks = static_cast<int>(groups.active.size()) * blocks + shared_blocks;
-        for (int t; (t = team_.take()) < tasks;) {
-            if (t < shared_blocks) {
-                gather(own, normal_, wide_, n);
-                gate_up(layer.shared_gate_up, t, t, own, n,
-                        [&](int m) { return row(shared_, m, layer.shared_width); });
-                continue;
+        const int shared_pairs = last ? layer.shared_width / BLOCK : 0;
+        const int tasks = static_cast<int>(groups.active.size()) * pairs + shared_pairs;
+        team_.share(tasks, [&](int from, int to) {
+            for (int t = from; t < to; ++t) {
+                if (t < shared_pairs) {
+                    gather(own, normal_, wide_, n);
+                    gate_up(layer.shared_gate_up, t, own, [&](int m) { return row(shared_, m, layer.shared_width); });
+                    continue;
+                }
+                const int e = order[(t - shared_pairs) / pairs];
+                const int* members = &groups.pair[groups.start[e]];
+                own.inputs.resize(groups.start[e + 1] - groups.start[e]);
+                for (size_t m = 0; m < own.inputs.size(); ++m)
+                    own.inputs[m] = row(normal_, members[m] / layer.top_k, wide_);
+                gate_up(gate_up_of(layer, e), (t - shared_pairs) % pairs, own,
+                        [&](int m) { return row(hidden_, members[m], width); });
             }
-            const int e = order[(t - shared_blocks) / blocks], b = (t - shared_blocks) % blocks;
-            const int first = groups.start[e], count = groups.start[e + 1] - first;
-            own.inputs.resize(count);
-            for (int m = 0; m < count; ++m)
-                own.inputs[m] = row(normal_, groups.pair[first + m] / layer.top_k, wide_);
-            gate_up(gate_up_of(layer, e), b, b, own, count,
-                    [&](int m) { return row(hidden_, groups.pair[first + m], width); });
-        }
+        });
         team_.meet();
-        for (int b; (b = team_.take()) < wide_ / BLOCK;) down(layer, b, own, last);
+        team_.share(wide_ / BLOCK, [&](int from, int to) { down(layer, from, to, own, last); });
         team_.meet();
     }
 
     template <class To>
-    void gate_up(const uint8_t* weights, int64_t block, int part, Own& own, int count, const To& to) {
-        multiply_block<Kind>(weights, block, model_.hidden, own.inputs.data(), count,
-                             [&](int m, const f32x16* sums) {
-                                 float out[BLOCK / 2];
-                                 store(out, silu(sums[0]) * sums[2]);
-                                 store(out + LANES, silu(sums[1]) * sums[3]);
-                                 Kind::write(to(m), part * (BLOCK / 2), out, BLOCK / 2);
-                             });
+    void gate_up(const uint8_t* weights, int pair, Own& own, const To& to) {
+        const int count = static_cast<int>(own.inputs.size());
+        own.out.resize(size_t(count) * BLOCK);
+        for (int half = 0; half < 2; ++half)
+            multiply_block<Kind>(weights, 2 * pair + half, model_.hidden, own.inputs.data(), count,
+                                 [&](int m, const f32x16* sums) {
+                                     store(&own.out[m * BLOCK + half * LANES], silu(sums[0]) * sums[1]);
+                                 });
+        for (int m = 0; m < count; ++m) Kind::write(to(m), pair * BLOCK, &own.out[m * BLOCK], BLOCK);
     }
 
-    // One block of outputs of every expert: one member adds them all, in the order of experts.
-    void down(const AnabranchLayer& layer, int b, Own& own, bool last) {
+    // Some blocks of outputs of every expert: one member adds them all, in the order of experts.
+    void down(const AnabranchLayer& layer, int from, int to, Own& own, bool last) {
         const auto& groups = own.groups;
-        const int width = layer.width;
         for (const int e : groups.active) {
-            const int first = groups.start[e], count = groups.start[e + 1] - first;
-            own.inputs.resize(count);
-            for (int m = 0; m < count; ++m) own.inputs[m] = row(hidden_, groups.pair[first + m], width);
-            multiply_block<Kind>(down_of(layer, e), b, width, own.inputs.data(), count, [&](int m, const f32x16* sums) {
-                const int pair = groups.pair[first + m];
-                add(&residual_[size_t(pair / layer.top_k) * wide_], nullptr, b, sums, weights_[pair]);
-            });
+            const int* members = &groups.pair[groups.start[e]];
+            own.inputs.resize(groups.start[e + 1] - groups.start[e]);
+            for (size_t m = 0; m < own.inputs.size(); ++m) own.inputs[m] = row(hidden_, members[m], layer.width);
+            add_products(down_of(layer, e), from, to, layer.width, own,
+                         [&](int m) { return std::make_pair(members[m] / layer.top_k, weights_[members[m]]); });
         }
         if (last && layer.shared_width) {
             gather(own, shared_, layer.shared_width, rows_->rows);
-            multiply_block<Kind>(layer.shared_down, b, layer.shared_width, own.inputs.data(), rows_->rows,
-                                 [&](int r, const f32x16* sums) {
-                                     add(&residual_[size_t(r) * wide_], nullptr, b, sums, shared_weight_[r]);
-                                 });
+            add_products(layer.shared_down, from, to, layer.shared_width, own,
+                         [&](int r) { return std::make_pair(r, shared_weight_[r]); });
         }
+    }
+
+    // of(input): the row that it is added to, and its weight.
+    template <class Of>
+    void add_products(const uint8_t* matrix, int from, int to, int width, const Own& own, const Of& of) {
+        for (int b = from; b < to; ++b)
+            multiply_block<Kind>(matrix, b, width, own.inputs.data(), static_cast<int>(own.inputs.size()),
+                                 [&](int m, const f32x16* sums) {
+                                     const auto [r, weight] = of(m);
+                                     add(&residual_[size_t(r) * wide_], nullptr, b, sums, weight);
+                                 });
     }
 
     void logits(int member) {
@@ -381,25 +394,24 @@ class Step {
         team_.meet();
         auto& own = own_[member];
         gather(own, normal_, wide_, rows.wanted);
-        for (int b; (b = team_.take()) < wide / BLOCK;)
-            multiply_block<Kind>(model_.head, b, model_.hidden, own.inputs.data(), rows.wanted,
-                                 [&](int i, const f32x16* sums) {
-                                     keep(rows.logits + int64_t{i} * wide, nullptr, b, sums);
-                                 });
+        multiply(model_.head, wide, model_.hidden, own, [&](int i, int b, const f32x16* sums) {
+            keep(rows.logits + int64_t{i} * wide, nullptr, b, sums);
+        });
         team_.meet();
         for (int i = member; i < rows.wanted; i += team_.members()) summarise(i, rows.logits + int64_t{i} * wide);
     }
 
     void summarise(int i, const float* logits) {
-        const float* best = std::max_element(logits, logits + model_.vocab);
+        const int best = place_of_largest(logits, model_.vocab);
+        const float most = logits[best];
         float total = 0.0f;
         int v = 0;
         f32x16 lanes{};
-        for (; v + LANES <= model_.vocab; v += LANES) lanes += exponential(load(logits + v) - *best);
+        for (; v + LANES <= model_.vocab; v += LANES) lanes += exponential(load(logits + v) - most);
         total = sum(lanes);
-        for (; v < model_.vocab; ++v) total += std::exp(logits[v] - *best);
-        rows_->best[i] = static_cast<int32_t>(best - logits);
-        rows_->log_total[i] = *best + std::log(total);
+        for (; v < model_.vocab; ++v) total += std::exp(logits[v] - most);
+        rows_->best[i] = best;
+        rows_->log_total[i] = most + std::log(total);
     }
 
     static void keep(float* row, const float* bias, int b, const f32x16* sums) {

@@ -1,5 +1,6 @@
 // A team of threads that run one function together and meet at barriers in it. The caller is member 0.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <functional>
@@ -66,8 +67,16 @@ class Team {
             spun < SPINS ? breathe() : std::this_thread::yield();
     }
 
-    // The next of `tasks` that nobody has taken since the last meeting; `tasks` or more when none is left.
-    int take() { return next_.fetch_add(1, std::memory_order_relaxed); }
+    // The first of the next `run` tasks that nobody has taken since the last meeting, which may be past the last one.
+    int take(int run = 1) { return next_.fetch_add(run, std::memory_order_relaxed); }
+
+    // work(from, to) for tasks that nobody else takes, in runs of neighbours: their weights lie one after the other in
+    // memory, and each beginning costs a wait.
+    template <class Work>
+    void share(int tasks, const Work& work) {
+        const int run = std::clamp(tasks / (4 * members_), 1, 8);
+        for (int from; (from = take(run)) < tasks;) work(from, std::min(from + run, tasks));
+    }
 
    private:
     static constexpr int SPINS = 20000;

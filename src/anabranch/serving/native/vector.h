@@ -136,6 +136,26 @@ inline float largest(f32x16 v) {
 
 inline f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
+// Where the largest of n numbers is, the first of equals.
+inline int place_of_largest(const float* x, int n) {
+    f32x16 most = splat(-INFINITY);
+    i32x16 here, place{};
+    for (int i = 0; i < LANES; ++i) here[i] = i;
+    int i = 0;
+    for (; i + LANES <= n; i += LANES, here += LANES) {
+        const f32x16 value = load(x + i);
+        place = value > most ? here : place;
+        most = larger(value, most);
+    }
+    int best = 0;
+    float top = -INFINITY;
+    for (int lane = 0; lane < LANES; ++lane)
+        if (most[lane] > top || (most[lane] == top && place[lane] < best)) top = most[lane], best = place[lane];
+    for (; i < n; ++i)
+        if (x[i] > top) top = x[i], best = i;
+    return best;
+}
+
 // e^x: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial of degree 7 in r (Taylor, error under 1 ulp there),
 // and n added to the exponent. Below -87 it is e^-87, about 1e-38.
 inline f32x16 exponential(f32x16 x) {

@@ -12,7 +12,7 @@ from anabranch.errors import ConfigError
 from anabranch.serving.decoder import Decoder, Experts
 from anabranch.serving.native.library import Layer, Model, library
 from anabranch.serving.native.library import Rows as NativeRows
-from anabranch.serving.native.pack import BLOCK, HALF, pack, pack_down, pack_gate_up, pad
+from anabranch.serving.native.pack import BLOCK, pack, pack_down, pack_gate_up, pad
 from anabranch.serving.pools import FORMATS, KvShape, prefer_huge_pages
 from anabranch.serving.step.base import Outputs, Rows
 from anabranch.serving.step.draw import Draw
@@ -21,7 +21,7 @@ from anabranch.serving.store.arena import ExpertStore
 MAX_HEAD_DIM = 512
 # As model.h numbers them.
 WEIGHTS = ("float32", "bfloat16", "int8")
-PART = 64 * BLOCK  # outputs packed at once
+PART = 128 * BLOCK  # outputs packed at once
 # `AnabranchDraw`, and which setting each of its fields is.
 DRAW = np.dtype(
     [("row", "i4"), ("temperature", "f4"), ("top_k", "i4"), ("top_p", "f4"), ("min_p", "f4"), ("penalty", "f4"),
@@ -207,16 +207,16 @@ class NativeStep:
 
 
 def _width(experts: Experts) -> int:
-    return pad(experts.down_EDF.shape[-1], HALF)
+    return pad(experts.down_EDF.shape[-1], BLOCK)
 
 
 def _check(decoder: Decoder, weights: str) -> None:
     """Sizes that the packing and the registers want."""
     group_dim = decoder.heads // decoder.kv_heads * decoder.head_dim
-    whole = weights != "int8" or (decoder.hidden % HALF == 0 and group_dim % HALF == 0)
+    whole = weights != "int8" or (decoder.hidden % BLOCK == 0 and group_dim % BLOCK == 0)
     checks = (
         (
-            f"multiples of {HALF} for int8: the hidden size, and the heads of a group by their dimension",
+            f"multiples of {BLOCK} for int8: the hidden size, and the heads of a group by their dimension",
             whole,
         ),
         ("an even hidden size", decoder.hidden % 2 == 0),

@@ -96,16 +96,8 @@ class ExpertStore:
         """What was needed and read so far."""
         shape = self.records.shape
         hits, late, misses, reads, wait_ns = self._counted.tolist()
-        return StoreFigures(
-            hits,
-            late,
-            misses,
-            reads * shape.record_bytes,
-            wait_ns / 1e6,
-            self._slots,
-            shape.count,
-            shape.record_bytes,
-        )
+        size = shape.record_bytes
+        return StoreFigures(hits, late, misses, reads * size, wait_ns / 1e6, self._slots, shape.count, size)
 
     def close(self) -> None:
         """Give file and memory back, once no step can use them."""

@@ -1,0 +1,54 @@
+"""What this machine can do at most, right now: reading memory, and products of a precision."""
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch.costs.decode import Roof
+
+ROOF_S = 0.5
+READ_BYTES = 1 << 28
+SIDE = 2048
+PRECISIONS = ("float32", "bfloat16", "int8")  # from wide to narrow
+
+
+def measure_roof(dtype: str) -> Roof:
+    """With all cores: torch's sum of 256 MiB, and its product of 2,048 squared in `dtype`, the best of half a second.
+
+    A precision is never slower than those wider than it, which it could be widened to: without products of its own a
+    processor multiplies bf16 as fp32.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        read_s = _least_s(torch.ones(READ_BYTES // 4).sum)
+        kinds = PRECISIONS[: PRECISIONS.index(dtype) + 1]
+        product_s = min(_least_s(_product(kind)) for kind in kinds)
+    finally:
+        torch.set_num_threads(threads)
+    return Roof(READ_BYTES / read_s / 1e9, 2 * SIDE**3 / product_s / 1e9)
+
+
+def higher(one: Roof, other: Roof) -> Roof:
+    """The better of either, for both."""
+    return Roof(max(one.read_gbps, other.read_gbps), max(one.gflops, other.gflops))
+
+
+def _product(precision: str) -> Callable[[], Tensor]:
+    square = torch.ones(SIDE, SIDE, dtype=getattr(torch, precision))
+    return partial(torch._int_mm if precision == "int8" else torch.mm, square, square)
+
+
+def _least_s(work: Callable[[], Any]) -> float:
+    times: list[float] = []
+    until_s = time.perf_counter() + ROOF_S
+    while time.perf_counter() < until_s:
+        began_s = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began_s)
+    return min(times)
