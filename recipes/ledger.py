@@ -2,9 +2,10 @@
 its answer right only where every step is.
 
 A problem reads `a18 9 a17 4 a17 a18 <think>`: what each account holds, and which to begin and to end with. Its solution
-is `a17 : 4 + 0 = 4 ; a18 : 9 + 4 = 13 ; </think> 13 <eos>`: of each account, in the order of their numbers, what it
-holds, to be found anywhere in the problem, the sum so far and the sum with it, of a hundred as on an odometer. Every
-number is one token, and so is every account.
+is `a17 4 + 0 = 4 ; a18 9 + 4 = 13 ; </think> 13 <eos>`: of each account, in the order of their numbers, what it holds,
+to be found anywhere in the problem, the sum so far and the sum with it, of a hundred as on an odometer. Every number is
+one token, and so is every account. What an account holds follows it in both, which a model is quick to see; with a
+colon in between it was not.
 """
 
 import random
@@ -14,13 +15,13 @@ from recipes.tiny import EOS, SPECIAL, THINK, THOUGHT, moe_config, word_tokenize
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig
 
-SIGNS = (":", "+", "=", ";")
-SUMS, ACCOUNTS = 100, 400
+SIGNS = ("+", "=", ";")
+SUMS, ACCOUNTS = 100, 444
 WORDS = (*SPECIAL, *SIGNS, *map(str, range(SUMS)), *(f"a{i}" for i in range(ACCOUNTS)))
-COLON, PLUS, EQUALS, SEMICOLON = range(len(SPECIAL), len(SPECIAL) + len(SIGNS))
+PLUS, EQUALS, SEMICOLON = range(len(SPECIAL), len(SPECIAL) + len(SIGNS))
 NUMBER, ACCOUNT = len(SPECIAL) + len(SIGNS), len(SPECIAL) + len(SIGNS) + SUMS
 # Tokens of an account in a problem, and in its solution; and those around them.
-ASKED, WORKED, AROUND = 2, 8, 6
+ASKED, WORKED, AROUND = 2, 7, 6
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,6 @@ def solution(ledger: Ledger) -> list[int]:
         before, total = total, (total + held) % SUMS
         tokens += [
             ACCOUNT + account,
-            COLON,
             NUMBER + held,
             PLUS,
             NUMBER + before,
@@ -88,4 +88,4 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def model_config() -> Qwen3MoeConfig:
     """1.8 M parameters, 0.6 M of them at work for a token."""
-    return moe_config(512, 4, 8192)
+    return moe_config(560, 4, 8192)

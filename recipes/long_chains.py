@@ -48,7 +48,7 @@ class Sizes:
     """lessons: one after the other, at falling rates of one schedule. judged: problems, of the last lesson's size."""
 
     lessons: tuple[Lesson, ...] = (
-        Lesson(1600, 8, 64), Lesson(200, 16, 48), Lesson(250, 48, 24), Lesson(250, 120, 10), Lesson(500, 400, 3)
+        Lesson(1600, 8, 64), Lesson(200, 16, 48), Lesson(250, 48, 24), Lesson(250, 120, 10), Lesson(500, 444, 3)
     )  # fmt: skip
     lr: float = 1e-3
     judged: int = 200
