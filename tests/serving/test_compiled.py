@@ -76,7 +76,9 @@ def test_only_pages_as_computed(counter):
 
 
 @pytest.mark.full  # the compiler of C++ takes its time
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # inductor's own
 def test_by_inductor(monkeypatch):
     torch.compiler.reset()
     with engine("qwen3_moe") as made:
