@@ -41,12 +41,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory, toy_text: Path) -> Path:
     return folder
 
 
+def with_words_of(folder: Path, other: Path) -> Path:
+    """`other`, which then has the tokenizer of `folder`."""
+    for file in folder.glob("tok*"):
+        (other / file.name).write_bytes(file.read_bytes())
+    return other
+
+
 @pytest.fixture(scope="module")
 def large(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same words for a model of 3.4 MiB, 3 of them experts."""
-    large = tmp_path_factory.mktemp("large")
-    for file in folder.glob("tok*"):
-        (large / file.name).write_bytes(file.read_bytes())
+    large = with_words_of(folder, tmp_path_factory.mktemp("large"))
     sizes = SIZES | {"num_experts": 32, "moe_intermediate_size": 64}
     torch.manual_seed(0)
     config = AutoConfig.for_model("qwen3_moe", vocab_size=400, **sizes)
@@ -57,9 +62,7 @@ def large(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def echo(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same words for a model that says its last token again and again, on any processor."""
-    echo = tmp_path_factory.mktemp("echo")
-    for file in folder.glob("tok*"):
-        (echo / file.name).write_bytes(file.read_bytes())
+    echo = with_words_of(folder, tmp_path_factory.mktemp("echo"))
     torch.manual_seed(0)
     config = AutoConfig.for_model("qwen3_moe", vocab_size=400, tie_word_embeddings=True, **SIZES)
     model = AutoModelForCausalLM.from_config(config)

@@ -135,6 +135,8 @@ def test_what_cannot_be_invariant_is_refused(model: PreTrainedModel) -> None:
     token_BT = micro_batch(0, 0)
     with BatchInvariant(), pytest.raises(ConfigError, match="not batch-invariant"):
         token_BT.float() @ token_BT.float().t()
+    with BatchInvariant(), pytest.raises(ConfigError, match="batches of matrices"):
+        torch.bmm(torch.ones(2, 3, 4), torch.ones(2, 4, 5))
     model.set_attn_implementation("eager")
     with BatchInvariant(), pytest.raises(ConfigError, match="not batch-invariant"):
         model(input_ids=token_BT)

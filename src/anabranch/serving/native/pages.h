@@ -189,25 +189,6 @@ inline void page_values(const T* values, const S* scale, const bf16* zero, int d
         values_of<1>(values, scale, zero, dim, tokens, weights + g * stride, stride, out + g * dim);
 }
 
-// Softmax over `length` scores in place, padded with zeros to whole pages.
-inline void softmax(float* scores, int length) {
-    const int padded = (length + PAGE - 1) / PAGE * PAGE;
-    for (int i = length; i < padded; ++i) scores[i] = -INFINITY;
-    f32x16 most = splat(-INFINITY);
-    for (int i = 0; i < padded; i += PAGE) most = larger(most, load(scores + i));
-    const float top = largest(most);
-    f32x16 total{};
-    for (int i = 0; i < padded; i += PAGE) {
-        const f32x16 e = exponential(load(scores + i) - top);
-        store(scores + i, e);
-        if (i + PAGE > length)
-            for (int j = length; j < padded; ++j) scores[j] = 0.0f;
-        total += load(scores + i);
-    }
-    const float scale = 1.0f / sum(total);
-    for (int i = 0; i < padded; i += PAGE) store(scores + i, load(scores + i) * scale);
-}
-
 // A page's scores, or weighted values, whatever its format; `page` is that of one layer and head.
 inline void page_scores(Format format, const PageShape& shape, const uint8_t* page, int group, const float* query,
                         float* scores, int64_t stride) {
@@ -284,16 +265,32 @@ inline void weigh(float* scores, int count, Weighed& so_far, float* out, int dim
     so_far.total += sum(total);
 }
 
+// Softmax over `length` scores in place, padded with zeros to a multiple of 16.
+inline void softmax(float* scores, int length) {
+    Weighed all;
+    weigh(scores, length, all, nullptr, 0);
+    const float scale = 1.0f / all.total;
+    for (int i = 0; i < length; i += LANES) store(scores + i, load(scores + i) * scale);
+}
+
+// What attention needs beside its output; kept from call to call.
+struct AttentionScratch {
+    std::vector<float> numbers;
+    std::vector<Weighed> weighed;
+};
+
 // Attention of one token's G queries (of one key-value head, already scaled) over `length` cached tokens: of some pages
 // the keys, then the values, which the cache still holds; then of the next ones. mass: where given, a page's share of
 // the weights is added to mass[page].
 inline void attend(const Pools& pools, const PageShape& shape, const int32_t* table, int length, int layer, int head,
-                   int group, const float* query, float* out, std::vector<float>& scratch, float* mass) {
+                   int group, const float* query, float* out, AttentionScratch& scratch, float* mass) {
     constexpr int RUN = 4, STRIDE = RUN * PAGE;  // pages at once, and their tokens
     const int dim = shape.dim, pages = (length + PAGE - 1) / PAGE;
-    std::vector<Weighed> weighed(group);
-    scratch.resize(std::max<size_t>(scratch.size(), group * (STRIDE + (mass ? 2 * pages : 0))));
-    float *scores = scratch.data(), *sums = scores + group * STRIDE, *tops = sums + group * pages;
+    auto& weighed = scratch.weighed;
+    weighed.assign(group, Weighed());
+    auto& numbers = scratch.numbers;
+    numbers.resize(std::max<size_t>(numbers.size(), group * (STRIDE + (mass ? 2 * pages : 0))));
+    float *scores = numbers.data(), *sums = scores + group * STRIDE, *tops = sums + group * pages;
     std::fill(out, out + group * dim, 0.0f);
     for (int first = 0; first < pages; first += RUN) {
         const int end = std::min(first + RUN, pages), tokens = std::min(length - first * PAGE, STRIDE);

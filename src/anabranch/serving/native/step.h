@@ -59,7 +59,8 @@ class Step {
 
    private:
     struct Own {
-        std::vector<float> scores, out, probabilities;
+        std::vector<float> out, probabilities;
+        AttentionScratch attention;
         std::vector<const Act*> inputs;
         Groups groups;
     };
@@ -158,11 +159,15 @@ class Step {
     // The inputs of `own` times a matrix, shared by the team; done(input, block, sums).
     template <class Done>
     void multiply(const uint8_t* matrix, int outputs, int inputs, const Own& own, const Done& done) {
-        team_.share(outputs / BLOCK, [&](int from, int to) {
-            for (int b = from; b < to; ++b)
-                multiply_block<Kind>(matrix, b, inputs, own.inputs.data(), static_cast<int>(own.inputs.size()),
-                                     [&](int i, const f32x16* sums) { done(i, b, sums); });
-        });
+        team_.share(outputs / BLOCK, [&](int from, int to) { products(matrix, from, to, inputs, own, done); });
+    }
+
+    // Of some blocks, by this member alone.
+    template <class Done>
+    static void products(const uint8_t* matrix, int from, int to, int inputs, const Own& own, const Done& done) {
+        for (int b = from; b < to; ++b)
+            multiply_block<Kind>(matrix, b, inputs, own.inputs.data(), static_cast<int>(own.inputs.size()),
+                                 [&](int i, const f32x16* sums) { done(i, b, sums); });
     }
 
     // Rotates a row's key of one key-value head and the queries of its group; caches key and value. What the
@@ -211,7 +216,7 @@ class Step {
         float* mass = rows.mass ? rows.mass + (int64_t{r} * model_.kv_heads + head) * rows.table_stride : nullptr;
         own.out.resize(size_t(group) * dim);
         attend(pools, shape_, rows.table + int64_t{rows.chain[r]} * rows.table_stride, rows.length[r], l, head, group,
-               &turned_[size_t(r) * queries_ + size_t(head) * group * dim], own.out.data(), own.scores, mass);
+               &turned_[size_t(r) * queries_ + size_t(head) * group * dim], own.out.data(), own.attention, mass);
         Kind::write(row(attended_, r, queries_), head * group * dim, own.out.data(), group * dim);
     }
 
@@ -350,11 +355,9 @@ class Step {
     void gate_up(const uint8_t* weights, int pair, Own& own, const To& to) {
         const int count = static_cast<int>(own.inputs.size());
         own.out.resize(size_t(count) * BLOCK);
-        for (int half = 0; half < 2; ++half)
-            multiply_block<Kind>(weights, 2 * pair + half, model_.hidden, own.inputs.data(), count,
-                                 [&](int m, const f32x16* sums) {
-                                     store(&own.out[m * BLOCK + half * LANES], silu(sums[0]) * sums[1]);
-                                 });
+        products(weights, 2 * pair, 2 * pair + 2, model_.hidden, own, [&](int m, int b, const f32x16* sums) {
+            store(&own.out[m * BLOCK + b % 2 * LANES], silu(sums[0]) * sums[1]);
+        });
         for (int m = 0; m < count; ++m) Kind::write(to(m), pair * BLOCK, &own.out[m * BLOCK], BLOCK);
     }
 
@@ -365,25 +368,16 @@ class Step {
             const int* members = &groups.pair[groups.start[e]];
             own.inputs.resize(groups.start[e + 1] - groups.start[e]);
             for (size_t m = 0; m < own.inputs.size(); ++m) own.inputs[m] = row(hidden_, members[m], layer.width);
-            add_products(down_of(layer, e), from, to, layer.width, own,
-                         [&](int m) { return std::make_pair(members[m] / layer.top_k, weights_[members[m]]); });
+            products(down_of(layer, e), from, to, layer.width, own, [&](int m, int b, const f32x16* sums) {
+                add(&residual_[size_t(members[m] / layer.top_k) * wide_], nullptr, b, sums, weights_[members[m]]);
+            });
         }
         if (last && layer.shared_width) {
             gather(own, shared_, layer.shared_width, rows_->rows);
-            add_products(layer.shared_down, from, to, layer.shared_width, own,
-                         [&](int r) { return std::make_pair(r, shared_weight_[r]); });
+            products(layer.shared_down, from, to, layer.shared_width, own, [&](int r, int b, const f32x16* sums) {
+                add(&residual_[size_t(r) * wide_], nullptr, b, sums, shared_weight_[r]);
+            });
         }
-    }
-
-    // of(input): the row that it is added to, and its weight.
-    template <class Of>
-    void add_products(const uint8_t* matrix, int from, int to, int width, const Own& own, const Of& of) {
-        for (int b = from; b < to; ++b)
-            multiply_block<Kind>(matrix, b, width, own.inputs.data(), static_cast<int>(own.inputs.size()),
-                                 [&](int m, const f32x16* sums) {
-                                     const auto [r, weight] = of(m);
-                                     add(&residual_[size_t(r) * wide_], nullptr, b, sums, weight);
-                                 });
     }
 
     void logits(int member) {
