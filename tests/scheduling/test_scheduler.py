@@ -33,6 +33,11 @@ class Cache:
         seen = [self.held[chain.pages[i // PAGE], i % PAGE] for i in range(chain.cached + part.tokens)]
         assert seen == chain.tokens[: len(seen)], "the pages of a chain hold its tokens"
 
+    def copy(self, chain: Chain, other: Chain, place: int) -> bool:
+        page, to = chain.pages[place], other.pages[place]
+        self.held |= {(to, at): token for (of, at), token in self.held.items() if of == page}
+        return True
+
 
 def step(scheduler: Scheduler, cache: Cache) -> list[Part]:
     parts = scheduler.plan()
@@ -72,7 +77,8 @@ def test_whatever_happens_every_chain_ends_right(
     operations: list[Request | int], slots: int, chunk: int, pages: int
 ) -> None:
     """A number is a step, and a cancel where it hits a living chain."""
-    scheduler, cache = Scheduler(Limits(slots, chunk, LONGEST), PagePool(pages)), Cache()
+    cache = Cache()
+    scheduler = Scheduler(Limits(slots, chunk, LONGEST), PagePool(pages), copy=cache.copy)
     chains: list[Chain] = []
     for operation in operations:
         if isinstance(operation, Request):
@@ -116,6 +122,29 @@ def test_samples_share_the_pages_of_their_prompt() -> None:
     assert scheduler.tally.reused == 7 * 3 * PAGE
     scheduler.add(Request((1,) * (3 * PAGE + 1), 4))
     assert [part.tokens for part in scheduler.plan()] == [1], "the prompt is still known"
+
+
+@pytest.mark.parametrize("length", [1, 7, 2 * PAGE, 2 * PAGE + 1, 3 * PAGE - 1])
+def test_samples_copy_the_end_of_their_prompt(length: int) -> None:
+    cache = Cache()
+    scheduler = Scheduler(Limits(8, 512, LONGEST), PagePool(40), copy=cache.copy)
+    chains = scheduler.add(Request(tuple(range(length)), PAGE, samples=8))
+    first, then = step(scheduler, cache), step(scheduler, cache)
+    assert [p.tokens for p in first] == [length]
+    assert [p.tokens for p in then] == [1] * 8, "of the prompt only its last token, for its logits"
+    assert scheduler.tally.reused == 7 * (length - 1)
+    assert len({chain.pages[(length - 1) // PAGE] for chain in chains}) == 8
+    while not scheduler.idle:
+        step(scheduler, cache)
+    assert all(chain.tokens == expected(chain.request) for chain in chains)
+
+
+def test_what_cannot_be_copied_is_computed() -> None:
+    scheduler = Scheduler(Limits(8, 512, LONGEST), PagePool(40), copy=lambda *_: False)
+    scheduler.add(Request((1,) * (PAGE + 5), PAGE, samples=3))
+    cache = Cache()
+    assert [[p.tokens for p in step(scheduler, cache)] for _ in range(2)] == [[PAGE + 5], [1, 5, 5]]
+    assert scheduler.tally.reused == 2 * PAGE
 
 
 def test_the_youngest_gives_way_and_comes_again() -> None:

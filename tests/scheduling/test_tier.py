@@ -1,5 +1,7 @@
 """The scheduler with evictions and a tier, under random load: no page leaks, and every chain ends."""
 
+from itertools import cycle
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +47,10 @@ LOADS = st.lists(
 )  # fmt: skip
 def test_no_page_leaks_and_every_chain_ends(loads, seed, pages, room, loses_every, cancels):
     shelf = Shelf(room, loses_every)
-    scheduler = Scheduler(Limits(slots=4, chunk=32, tokens=400), PagePool(pages), tier=shelf)
+    copies = cycle([True, False])
+    scheduler = Scheduler(
+        Limits(slots=4, chunk=32, tokens=400), PagePool(pages), tier=shelf, copy=lambda *_: next(copies)
+    )
     chains = [
         chain
         for i, (prompt, new, samples) in enumerate(loads)

@@ -6,7 +6,7 @@ also those that had been evicted: such a chain sees all of itself again until it
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ class Part(NamedTuple):
 
 @dataclass
 class Tally:
-    """Counts since the start. reused: prompt tokens found in the prefix tree. kept: preempted chains whose pages went
+    """Counts since the start. reused: prompt tokens found in the prefix tree or copied from another sample. kept: preempted chains whose pages went
     to a tier. fetched: of these, those that came back. evicted: tokens whose pages left a chain. drafted, accepted:
     guessed tokens."""
 
@@ -69,14 +69,21 @@ class Tally:
 class Scheduler:
     """Decides; the engine computes what `plan` returns and tells the outcome by `done`.
 
-    tier: where pages of preempted chains go; None where they are computed once more.
+    tier: where pages of preempted chains go; None where they are computed once more. copy: writes what a chain's
+    page of this place holds into another chain's, or returns False where it cannot; None where the end of a prompt is
+    computed for each sample.
     """
 
     def __init__(
-        self, limits: Limits, pool: PagePool, speculator: Speculator | None = None, tier: Tier | None = None
+        self,
+        limits: Limits,
+        pool: PagePool,
+        speculator: Speculator | None = None,
+        tier: Tier | None = None,
+        copy: Callable[[Chain, Chain, int], bool] | None = None,
     ) -> None:
         self.limits, self.pool, self.tally = limits, pool, Tally()
-        self.speculator, self._tier = speculator, tier
+        self.speculator, self._tier, self._copy = speculator, tier, copy
         self.prefixes = PrefixTree(pool)
         self.waiting: deque[Chain] = deque()
         self.running: list[Chain] = []
@@ -209,6 +216,8 @@ class Scheduler:
             self.running.append(chain)
             if chain.kept:
                 self._fetch(chain, shared)
+            else:
+                self._fork(chain)
 
     def _give_pages(self, chain: Chain) -> int | None:
         """Pages that a waiting chain begins with. Returns how many are shared, the first; None for too few free."""
@@ -245,8 +254,26 @@ class Scheduler:
         else:
             chain.cached, chain.evicted, chain.mass = shared * PAGE, 0, []
 
+    def _fork(self, chain: Chain) -> None:
+        """Copy the prompt's last page, which is shared only up to where samples part, from one that has computed it."""
+        known = len(chain.request.prompt) - 1  # the last token's logits are wanted
+        place, count = known // PAGE, known % PAGE
+        if self._copy is None or not count or len(chain.pages) != place or not self.pool.free:
+            return
+        for other in self.running:
+            if other.request is chain.request and other.cached > known and not other.evicted:
+                chain.pages.append(self.pool.take())
+                chain.cached += count
+                if self._copy(other, chain, place):
+                    self.tally.reused += count
+                else:
+                    chain.cached -= count
+                return
+
     def _prompt_under_way(self, chain: Chain) -> bool:
-        return any(c.request is chain.request and c.cached < len(c.request.prompt) for c in self.running)
+        """Whether a sample of the same prompt computes it, and none has."""
+        cached = [c.cached for c in self.running if c.request is chain.request]
+        return bool(cached) and max(cached) < len(chain.request.prompt)
 
     def _reachable(self) -> int:
         """Free pages, and those that the prefix tree alone holds."""

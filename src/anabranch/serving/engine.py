@@ -22,7 +22,7 @@ from anabranch.scheduling.scheduler import Part, Scheduler
 from anabranch.scheduling.speculation import Speculator
 from anabranch.serving.evictor import Evictor
 from anabranch.serving.loading import load_model, positions_of
-from anabranch.serving.pools import KvShape, allocate, first_page
+from anabranch.serving.pools import FORMAT_SHIFT, FORMATS, KvShape, allocate, first_page
 from anabranch.serving.sampler import sample
 from anabranch.serving.settings import EngineSettings
 from anabranch.serving.step.base import Int32, Outputs, Rows
@@ -85,7 +85,7 @@ class Engine:
         self.table = PageTable(self.limits.slots, self.limits.tokens, open_pages, rewriter)
         self.tier = self._tier()
         pool = PagePool(max(pages, 1), first_page(kv_dtype))
-        self.scheduler = Scheduler(self.limits, pool, self.speculator, self.tier)
+        self.scheduler = Scheduler(self.limits, pool, self.speculator, self.tier, self._copy)
         self.logprobs: dict[Chain, list[float | None]] = {}
         # Called after each step, while its parts are as they entered.
         self.watchers: list[Callable[[Sequence[Part], Outputs], None]] = []
@@ -221,6 +221,17 @@ class Engine:
         chosen = logits_WV[torch.tensor(rows, dtype=torch.int64), torch.tensor(flat, dtype=torch.int64)]
         for chain, value, row in zip(chains, chosen.tolist(), rows, strict=True):
             self.logprobs[chain].append(value - float(outputs.log_total_W[row]))
+
+    def _copy(self, chain: Chain, other: Chain, place: int) -> bool:
+        """The page of this place of one chain into another's; False where one is kept otherwise than it is written."""
+        self.table.enter(other, 1)
+        page, to = self.table.pages(chain)[place], self.table.pages(other)[place]
+        kind, first = page >> FORMAT_SHIFT, (page >> FORMAT_SHIFT) << FORMAT_SHIFT
+        if to >> FORMAT_SHIFT != kind:
+            return False
+        pool = self.pools[FORMATS[kind]]
+        pool[to - first] = pool[page - first]
+        return True
 
     def _tier(self) -> PageTier | None:
         if not self.settings.spill_mib:

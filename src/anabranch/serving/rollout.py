@@ -139,6 +139,8 @@ class _Routing:
         self._by_chain: dict[Chain, Ids] = {}
         # Of full pages of prompts, which the prefix tree may hand to a later chain.
         self._by_page: dict[int, Ids] = {}
+        # Of what follows a prompt's full pages, which samples copy from each other.
+        self._ends: dict[Request, Ids] = {}
 
     def __call__(self, parts: Sequence[Part], outputs: Outputs) -> None:
         routed_LTK = outputs.routed_LTK
@@ -154,9 +156,11 @@ class _Routing:
             if chain.cached < prompt <= chain.cached + count:
                 for index in range(prompt // PAGE):
                     self._by_page[chain.pages[index]] = mine[:, index * PAGE : (index + 1) * PAGE].copy()
+                self._ends[chain.request] = mine[:, (prompt - 1) // PAGE * PAGE : prompt - 1].copy()
 
     def take(self) -> list[Ids]:
         """Of all chains, in the order of their arrival; forgotten then."""
+        self._ends.clear()
         chains = sorted(self._by_chain, key=lambda chain: chain.arrival)
         return [self._by_chain.pop(chain)[:, : len(chain.tokens) - 1] for chain in chains]
 
@@ -166,6 +170,8 @@ class _Routing:
         mine = np.zeros((layers, longest, top_k), dtype=self._dtype)
         for index in range(chain.cached // PAGE):
             mine[:, index * PAGE : (index + 1) * PAGE] = self._by_page[chain.pages[index]]
+        if chain.cached % PAGE:
+            mine[:, chain.cached // PAGE * PAGE : chain.cached] = self._ends[chain.request]
         return mine
 
 
