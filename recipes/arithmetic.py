@@ -40,6 +40,12 @@ def problems(seed: int, count: int) -> list[Problem]:
     return [Problem(entry, _prompt(entry)) for entry in found]
 
 
+def unseen(found: list[Problem], judged: list[Problem]) -> list[Problem]:
+    """Those of `found` that no judged problem asks: short sums recur, whatever their seeds."""
+    asked = {problem.expression for problem in judged}
+    return [problem for problem in found if problem.expression not in asked]
+
+
 def solution(problem: Problem) -> list[int]:
     """The worked solution in tokens: the running sum after each term, then the answer."""
     parts = problem.entry["metadata"]["expression"].split()

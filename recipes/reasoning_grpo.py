@@ -31,6 +31,7 @@ from recipes.arithmetic import (
     solution,
     solved,
     tokenizer,
+    unseen,
 )  # fmt: skip
 from recipes.stages import descend, interruptible, machine, stage
 from rich.console import Console
@@ -98,10 +99,11 @@ def requests(asked: list[Problem], samples: int, seed: int) -> list[Request]:
 
 
 def pretrain(folder: Path, model: PreTrainedModel, sizes: Sizes, resume: bool) -> list[dict[str, float]]:
-    """Worked solutions, each seen once."""
+    """Worked solutions of problems that are not judged."""
+    judged = problems(JUDGED, sizes.judged)
 
     def step(number: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        worked = problems(WORKED + number * sizes.pretrain_batch, sizes.pretrain_batch)
+        worked = unseen(problems(WORKED + number * sizes.pretrain_batch, sizes.pretrain_batch), judged)
         sequences = pad([p.prompt for p in worked], [solution(p) for p in worked])
         loss = -token_logprobs(model, sequences)[sequences.generated_BT].mean()
         loss.backward()
@@ -114,9 +116,10 @@ def pretrain(folder: Path, model: PreTrainedModel, sizes: Sizes, resume: bool) -
 def improve(folder: Path, model: PreTrainedModel, sizes: Sizes, resume: bool) -> list[dict[str, float]]:
     """GRPO: one point for an answer that the verifier takes, none otherwise. Samples come from the native step, whose
     log-probabilities differ from the trainer's by rounding; `mismatch` measures it."""
+    judged = problems(JUDGED, sizes.judged)
 
     def step(number: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        asked = problems(PRACTISED + number * sizes.prompts, sizes.prompts)
+        asked = unseen(problems(PRACTISED + number * sizes.prompts, sizes.prompts), judged)
         started = time.perf_counter()
         rollouts = engine.generate(requests(asked, sizes.samples, PRACTISED + number * sizes.prompts))
         sampled = time.perf_counter()
@@ -183,7 +186,7 @@ def rank_loads(rollouts: list[Rollout]) -> dict[str, float]:
 
 
 def judge(model: PreTrainedModel, sizes: Sizes) -> dict[str, float]:
-    """Samples of problems that no stage saw: how many are solved, at what cost."""
+    """Samples of problems that no stage learns from: how many are solved, at what cost."""
     asked = problems(JUDGED, sizes.judged)
     with RolloutEngine(model, settings("native")) as engine:
         started, cpu = time.perf_counter(), time.process_time()

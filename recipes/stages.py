@@ -21,10 +21,12 @@ CHECKPOINT_EVERY = 20
 
 @contextmanager
 def interruptible(out: Path, resume: bool) -> Iterator[None]:
-    """A run in the folder `out`, begun anew unless resumed; Ctrl-C ends it with 130 and says what is left."""
-    if not resume:
-        shutil.rmtree(out, ignore_errors=True)
+    """A run in the folder `out`, new or empty unless resumed; Ctrl-C ends it with 130 and says what is left."""
     out.mkdir(parents=True, exist_ok=True)
+    if not resume and any(out.iterdir()):
+        raise typer.BadParameter(
+            f"{out} is not empty; go on with --resume, or name another", param_hint="--out"
+        )
     try:
         yield
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from anabranch.cli.main import app
+from anabranch.serving.batch.prompts import read_prompts
 from anabranch.telemetry.record import ENERGY_TOLD
 from anabranch.training.tokens import load_or_train_tokenizer
 
@@ -254,6 +255,28 @@ def test_a_prompt_too_long_fails_alone(folder: Path, tmp_path: Path) -> None:
     assert {line["prompt"] for line in lines if "text" in line} == {0, 2}
     (failure,) = [line for line in lines if "error" in line]
     assert failure["prompt"] == 1 and "more than the 4096 a chain may have" in failure["error"]
+
+
+def test_what_failed_is_tried_again(folder: Path, tmp_path: Path) -> None:
+    """It may have failed for memory, which a run that goes on may have more of."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("def wrap")
+    options = ["--max-new-tokens", "2100"]
+    _, before = run(folder, path, *options, "--kv-memory-mib", "1")
+    assert [sorted(line) for line in before] == [["error", "prompt"]]
+    result, lines = run(folder, path, *options, "--kv-memory-mib", "2", "--resume", "--json")
+    assert lines[0] == before[0] and lines[1]["end"] == "length"
+    assert json.loads(result.stdout)["failed_prompts"] == 0
+
+
+def test_lines_end_where_an_editor_ends_them(tmp_path: Path) -> None:
+    """Not at other characters that Python's `splitlines` takes for an end."""
+    texts = ["a\u2028b", "c\x0cd\x85e"]
+    plain, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    plain.write_bytes("\r\n".join(texts).encode() + b"\n")
+    lines.write_text("".join(json.dumps({"prompt": t}, ensure_ascii=False) + "\n" for t in texts))
+    for path in (plain, lines):
+        assert [(p.line, p.text) for p in read_prompts(path)] == [(1, texts[0]), (2, texts[1])]
 
 
 def test_resume_does_what_is_missing(folder: Path, prompts: Path) -> None:

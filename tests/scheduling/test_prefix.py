@@ -70,3 +70,15 @@ def test_part_of_a_page_is_not_shared() -> None:
     tree = PrefixTree(pool)
     insert(tree, pool, tokens_of([0]))
     assert tree.match([0] * (PAGE - 1)) == [] and len(tree.match([0] * (PAGE + 1))) == 1
+
+
+def test_a_page_above_one_that_is_held_cannot_be_forgotten() -> None:
+    """As of a chain that let its first page go and holds a later one."""
+    pool = PagePool(3)
+    tree = PrefixTree(pool)
+    insert(tree, pool, tokens_of([0, 1, 0]))
+    first, second, third = tree.match(tokens_of([0, 1, 0]))
+    pool.give_back(first), pool.give_back(third)
+    assert tree.forgettable == tree.forget(3) == 1
+    pool.give_back(second)
+    assert tree.forgettable == tree.forget(3) == 2

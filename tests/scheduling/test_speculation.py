@@ -1,5 +1,6 @@
 """Guesses from a chain's own past, and drafts only where measured acceptance and step times make them pay."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,6 +103,13 @@ def test_drafts_stop_for_the_chain_whose_guesses_fail() -> None:
     drafts = speculator.drafts([good, bad], 0)
     assert len(drafts[good]) > 0
     assert bad not in drafts
+
+
+@pytest.mark.parametrize("rows", [1, 31, 33, 65, 130])
+def test_a_measured_step_is_known_by_its_own_rows(rows) -> None:
+    times = StepTimes()
+    times.tell(rows, 10.0)
+    assert times.reaches(rows) and not times.reaches(rows // 2)
 
 
 def test_a_step_now_and_then_is_plain() -> None:

@@ -1,5 +1,6 @@
 """Greedy output is transformers' own, token by token, whatever the step, the batch, the chunks and the memory."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.serving.toy_decoders import FAMILIES, greedy, prompt, toy_decoder
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from anabranch.errors import BuildError, ConfigError
 from anabranch.scheduling.chain import End, Request
@@ -230,6 +232,74 @@ def test_bf16_is_close_to_fp32() -> None:
     assert 0 < kl_T.max() < 1e-3, kl_T.max()
 
 
+def test_a_sample_that_is_cancelled_meanwhile_is_returned_as_such() -> None:
+    with engine("qwen3_moe") as made:
+        short, long = Request(PROMPTS[0], 4), Request(PROMPTS[1], 60)
+
+        def each(done: Completion) -> None:
+            for chain in made.scheduler.running:
+                if chain.request is long:
+                    made.cancel(chain)
+
+        first, second = made.generate([short, long], each)
+        assert (first.end, second.end) == (End.LENGTH, End.CANCELLED)
+        assert len(second.tokens) < 60
+        made.check()
+
+
+def test_a_closed_engine_says_so() -> None:
+    with engine("qwen3_moe") as made:
+        pass
+    with pytest.raises(ConfigError, match="engine is closed"):
+        made.generate([Request(PROMPTS[0], 4)])
+
+
+def test_smallest_temperature_is_greedy() -> None:
+    almost = Sampling(temperature=1e-6, top_p=0.9, seed=3)
+    with engine("qwen3_moe") as made:
+        cold, greedily = made.generate([Request(PROMPTS[1], 20, sampling=almost), Request(PROMPTS[1], 20)])
+        assert cold.tokens == greedily.tokens
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "why"),
+    [
+        ("qwen3_next", {}, "linear_attention"),
+        ("lfm2_moe", {"layer_types": ["conv", "full_attention"]}, "conv"),
+        ("deepseek_v3", {}, "latent attention"),
+    ],
+)
+def test_models_that_pages_cannot_hold_are_refused(family: str, sizes: dict[str, Any], why: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=2, **sizes))
+    with pytest.raises(ConfigError, match=why):
+        Engine(model, EngineSettings(threads=1, kv_memory_mib=1))
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_a_rotary_embedding_that_changes_with_length_is_refused_beyond_it(rope_type: str) -> None:
+    half = toy_decoder("qwen3").config.head_dim // 2
+    rope = {
+        "rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * half, "long_factor": [2.0] * half,
+    }  # fmt: skip
+    config = copy.deepcopy(toy_decoder("qwen3").config)
+    config.rope_parameters = rope if rope_type == "longrope" else {k: rope[k] for k in list(rope)[:4]}
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ConfigError, match="beyond 64 tokens"):
+        Engine(model, EngineSettings(threads=1, limits=Limits(tokens=65)))
+    with Engine(model, EngineSettings(kv_memory_mib=8, threads=1, limits=Limits(tokens=64))) as made:
+        (done,) = made.generate([Request(PROMPTS[0], 20)])
+    asked = torch.tensor([PROMPTS[0]])
+    whole = model.generate(asked, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert done.tokens == whole[0, len(PROMPTS[0]) :].tolist()
+
+
+def test_half_precision_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="float16 is not computed"):
+        Engine(copy.deepcopy(toy_decoder("qwen3")).to(torch.float16), EngineSettings(threads=1))
+
+
 def test_mistakes_are_named() -> None:
     for wrong, named in (
         ({"dtype": "float8"}, "dtype"),
@@ -242,6 +312,8 @@ def test_mistakes_are_named() -> None:
             EngineSettings(**wrong)
     with engine("llama") as made, pytest.raises(ConfigError, match="token 256 is not in a vocabulary of 256"):
         made.submit(Request((1, 256)))
+    with engine("llama") as made, pytest.raises(ConfigError, match="end_of_thought: token 300 is not in"):
+        made.submit(Request((1,), thinking=Thinking(4, (300,))))
 
 
 def test_without_a_compiler_the_engine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipes.arithmetic import EOS, MAX_NEW_TOKENS, answer, encode, problems, solution, solved, tokenizer
+from recipes.arithmetic import (
+    EOS,
+    MAX_NEW_TOKENS,
+    answer,
+    encode,
+    problems,
+    solution,
+    solved,
+    tokenizer,
+    unseen,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anabranch.scheduling.chain import Request
@@ -32,6 +42,22 @@ def test_the_tokenizer_reads_what_the_problems_hold(tmp_path: Path) -> None:
         whole = [*problem.prompt, *solution(problem)]
         assert kept.decode(whole).startswith(problem.expression + "=<think>")
         assert kept(kept.decode(whole)).input_ids == whole
+
+
+def test_no_judged_problem_is_learnt_from() -> None:
+    """One of five sums of two small numbers is among 256 problems; their seeds differ all the same."""
+    judged, others = problems(0, 256), problems(10_000_000, 512)
+    left = unseen(others, judged)
+    assert 0.5 * len(others) < len(left) < 0.98 * len(others)
+    assert not {p.expression for p in left} & {p.expression for p in judged}
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("kept")
+    command = [sys.executable, "-m", "recipes.reasoning_grpo", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "not empty" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
 
 
 def run(out: Path, *more: str) -> None:

@@ -185,11 +185,11 @@ class _Run:
     def add(self, rank: int) -> None:
         """Begin what is missing of the prompts of this rank."""
         before: dict[int, list[SampleRecord]] = {}
-        over: set[int] = set()  # prompts that failed or have voted
+        over: set[int] = set()  # prompts that have voted; one that failed is tried again
         for record in self.output.records:
             if isinstance(record, SampleRecord):
                 before.setdefault(record.prompt, []).append(record)
-            else:
+            elif isinstance(record, VoteRecord):
                 over.add(record.prompt)
         for number in range(rank, len(self.work.prompts), self.work.ranks):
             if number not in over:

@@ -68,6 +68,18 @@ class PrefixTree:
         return given
 
     @property
+    def forgettable(self) -> int:
+        """How many pages `forget` could give back: those that only the tree holds, and below which nobody holds one."""
+        kept: set[int] = set()
+        for node in self._nodes.values():
+            if self._pool.holders(node.page) > 1:
+                above: _Node | None = node
+                while above is not None and above.page not in kept:
+                    kept.add(above.page)
+                    above = above.parent
+        return len(self._nodes) - len(kept)
+
+    @property
     def pages(self) -> list[int]:
         """All pages the tree holds."""
         return list(self._nodes)

@@ -28,9 +28,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            ("repetition_penalty", self.repetition_penalty > 0, "be above 0"),
-            ("temperature", 0 <= self.temperature < float("inf"), "be 0 or above"),
-            ("top_k", self.top_k >= 0, "be 0 (all tokens) or above"),
+            ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "lie in 0.001 to 1000"),
+            # Smaller ones would divide by what fp32 takes for zero.
+            (
+                "temperature",
+                self.temperature == 0 or 1e-6 <= self.temperature < float("inf"),
+                "be 0, or 0.000001 or above",
+            ),
+            ("top_k", 0 <= self.top_k < 2**31, "be 0 (all tokens) or above, and below 2**31"),
             ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]"),
             ("min_p", 0 <= self.min_p < 1, "lie in [0, 1)"),
             ("seed", 0 <= self.seed < 2**63, "lie in [0, 2**63)"),

@@ -50,9 +50,9 @@ class Part(NamedTuple):
 
 @dataclass
 class Tally:
-    """Counts since the start. reused: prompt tokens found in the prefix tree or copied from another sample. kept: preempted chains whose pages went
-    to a tier. fetched: of these, those that came back. evicted: tokens whose pages left a chain. drafted, accepted:
-    guessed tokens."""
+    """Counts since the start. reused: prompt tokens found in the prefix tree or copied from another sample. kept:
+    preempted chains whose pages went to a tier. fetched: of these, those that came back. evicted: tokens whose pages
+    left a chain. drafted, accepted: guessed tokens."""
 
     steps: int = 0
     preempted: int = 0
@@ -276,8 +276,8 @@ class Scheduler:
         return bool(cached) and max(cached) < len(chain.request.prompt)
 
     def _reachable(self) -> int:
-        """Free pages, and those that the prefix tree alone holds."""
-        return self.pool.free + sum(self.pool.holders(p) == 1 for p in self.prefixes.pages)
+        """Free pages, and those that the prefix tree could give back."""
+        return self.pool.free + self.prefixes.forgettable
 
     def _make_room(self, chain: Chain, count: int) -> bool:
         """Pages for so many more tokens, from the prefix tree or the youngest chain where none is free."""

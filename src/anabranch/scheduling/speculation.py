@@ -93,7 +93,8 @@ class StepTimes:
 
     def reaches(self, rows: int) -> bool:
         """Whether a step of so many rows or fewer was measured: without, nothing tells what drafts would save."""
-        return any(r <= rows and self._steps - seen < STALE for r, (_, seen) in self._measured.items())
+        most = _rounded(rows)
+        return any(r <= most and self._steps - seen < STALE for r, (_, seen) in self._measured.items())
 
     def of(self, rows: Sequence[int]) -> list[float]:
         """Expected milliseconds of steps of so many rows each, never falling with rows. Something was measured."""
@@ -163,6 +164,6 @@ class Speculator:
 
 
 def _rounded(rows: int) -> int:
-    """Row counts measured together: exact up to 16, then eight to each doubling."""
+    """Row counts measured together: exact up to 31, then sixteen to each doubling."""
     grain = max(1, 1 << max(0, rows.bit_length() - 5))
     return -(-rows // grain) * grain

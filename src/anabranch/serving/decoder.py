@@ -18,6 +18,8 @@ from anabranch.errors import ConfigError
 FAMILIES = ("llama", "mistral", "mixtral", "olmoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 # transformers' Mixtral always lets the chosen experts' weights sum to one and has no setting for it.
 ALWAYS_NORMALISED = ("mixtral",)
+# Rotary embeddings whose angles depend on the longest chain that transformers computes with.
+LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def read_decoder(model: PreTrainedModel, fill: Callable[[Any, str], Any] | None 
     _require(not windowed, "sliding-window attention")
     _require(getattr(config, "clip_qkv", None) is None, "clipped queries, keys and values")
     _require(
-        "dynamic" not in str(config.rope_parameters.get("rope_type")),
+        config.rope_parameters.get("rope_type") not in LENGTH_DEPENDENT,
         "a rotary embedding that changes with length",
     )
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -24,7 +24,7 @@ from anabranch.serving.evictor import Evictor
 from anabranch.serving.loading import load_model, positions_of
 from anabranch.serving.pools import FORMAT_SHIFT, FORMATS, KvShape, allocate, first_page
 from anabranch.serving.sampler import sample
-from anabranch.serving.settings import EngineSettings
+from anabranch.serving.settings import WEIGHTS, EngineSettings
 from anabranch.serving.step.base import Int32, Outputs, Rows
 from anabranch.serving.step.native import NativeStep
 from anabranch.serving.step_choice import choose_step
@@ -65,6 +65,8 @@ class Engine:
         limits = self.settings.limits
         self.limits = replace(limits, tokens=min(limits.tokens, positions_of(model.config)))
         weights = self.settings.dtype or str(model.dtype).removeprefix("torch.")
+        if weights not in WEIGHTS:
+            raise ConfigError(f"{weights} is not computed; choose of {', '.join(WEIGHTS)}", setting="dtype")
         dtype = "bfloat16" if weights == "int8" else weights
         kv_dtype = self.settings.kv_dtype or dtype
         self.kv_shape = kv_shape_of(model)
@@ -128,11 +130,14 @@ class Engine:
 
     def submit(self, request: Request) -> list[Chain]:
         """The request's chains, which `advance` brings on. Raises ConfigError for one that can never run."""
-        outside = [t for t in request.prompt if not 0 <= t < self.step.vocab]
-        if outside:
-            raise ConfigError(
-                f"token {outside[0]} is not in a vocabulary of {self.step.vocab}", setting="prompt"
-            )
+        thinking = request.thinking
+        forced = () if thinking is None else (*thinking.closing, *thinking.end)
+        for setting, tokens in (("prompt", request.prompt), ("end_of_thought", forced)):
+            outside = [t for t in tokens if not 0 <= t < self.step.vocab]
+            if outside:
+                raise ConfigError(
+                    f"token {outside[0]} is not in a vocabulary of {self.step.vocab}", setting=setting
+                )
         chains = self.scheduler.add(request)
         self.logprobs.update((chain, [None] * chain.new_tokens) for chain in chains)
         return chains
@@ -183,7 +188,9 @@ class Engine:
             for i, request in enumerate(requests):
                 numbered |= dict.fromkeys(self.submit(request), i)
             while len(done) < len(numbered):
-                for chain in self.advance():
+                # Chains that somebody cancelled meanwhile get no token: they are seen once nothing else runs.
+                ended = numbered.keys() - done.keys() if self.scheduler.idle else self.advance()
+                for chain in ended:
                     if chain.end is not None and chain in numbered:
                         done[chain] = self.completion(chain, numbered[chain])
                         if each is not None:
@@ -285,8 +292,10 @@ def _int32(numbers: list[int]) -> Int32:
 
 
 def kv_shape_of(model: PreTrainedModel) -> KvShape:
-    """Sizes of the model's cached keys and values, by its configuration."""
+    """Sizes of the model's cached keys and values, by its configuration. Raises ConfigError for latent ones."""
     config = model.config.get_text_config()
+    if getattr(config, "kv_lora_rank", None):
+        raise ConfigError("latent attention (MLA) is not computed", setting="model")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return KvShape(config.num_hidden_layers, heads, dim)

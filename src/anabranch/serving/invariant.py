@@ -137,6 +137,8 @@ class _RowAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, first_BT: Tensor, last_BT: Tensor, scale: float
     ) -> Tensor:
         _check(query, key, value)
+        if value.shape[-1] != query.shape[-1]:
+            raise ConfigError("values of another dimension than keys are not computed", setting="model")
         query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
         sequences, heads, rows, dim = query.shape
         out_BTHD = query.new_empty(sequences, rows, heads, dim)
@@ -170,7 +172,7 @@ def _ranges(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) ->
     sequences, _, rows, _ = query.shape
     tokens = key.shape[2]
     if mask is None:
-        last_T = torch.arange(1, rows + 1) if is_causal else torch.full((rows,), tokens)
+        last_T = torch.arange(1, rows + 1).clamp(max=tokens) if is_causal else torch.full((rows,), tokens)
         last_BT = last_T.int().expand(sequences, rows).contiguous()
         return torch.zeros_like(last_BT), last_BT
     mask_BTM = mask.reshape(-1, *mask.shape[-2:]).expand(sequences, rows, tokens) if _one_head(mask) else None

@@ -2,14 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from anabranch.errors import BuildError, ConfigError
 from anabranch.scheduling.scheduler import Limits
-from anabranch.serving.decoder import read_decoder
+from anabranch.serving.decoder import LENGTH_DEPENDENT, read_decoder
 from anabranch.serving.pools import KvShape
 from anabranch.serving.settings import EngineSettings
 from anabranch.serving.step.base import Step
@@ -53,6 +53,7 @@ def choose_step(
                 raise
             why_not_native = str(error)
     try:
+        _require_only_attention(model, limits.tokens)
         if str(model.dtype) != f"torch.{weights}":
             raise ConfigError(f"the torch step runs the model as it is, {model.dtype}", setting="dtype")
         if wants == "compiled":
@@ -62,6 +63,27 @@ def choose_step(
         if why_not_native is None:
             raise
         raise ConfigError(f"{error}; the native step is not to be had: {why_not_native}") from error
+
+
+def _require_only_attention(model: PreTrainedModel, tokens: int) -> None:
+    """What transformers' modules compute over our pages: attention to all tokens before. Raises ConfigError for layers
+    that remember otherwise, and for what would depend on the chains beside a chain."""
+    config: Any = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if tokens <= (getattr(config, "attention_chunk_size", None) or 0):
+        kinds -= {"chunked_attention"}  # as long as there is one chunk
+    if kinds or getattr(model, "_is_stateful", False):
+        what = ", ".join(sorted(kinds)) or "a state"
+        raise ConfigError(f"its layers remember by other means than attention ({what})", setting="model")
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for kind in (rotary, *(value for value in rotary.values() if isinstance(value, dict))):
+        short = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        if kind.get("rope_type") in LENGTH_DEPENDENT and tokens > short:
+            raise ConfigError(
+                f"beyond {short} tokens its rotary embedding ({kind['rope_type']}) changes with the longest chain of a "
+                "step; give at most that many",
+                setting="tokens",
+            )
 
 
 def _step_with_store(

@@ -46,6 +46,18 @@ def test_a_stream_of_completions_joins_to_the_whole(server):
         assert mine == pytest.approx(choice.logprobs.token_logprobs, abs=1e-4)
 
 
+def test_an_answer_can_be_sent_back_as_it_came(server):
+    """The client writes the fields that it got, those that are null too."""
+    client, messages = server.client(), [{"role": "user", "content": "Dedent this"}]
+    asked = {"model": "toy", "max_completion_tokens": 8, "temperature": 0}
+    first = client.chat.completions.create(**asked, messages=messages)
+    messages += [first.choices[0].message, {"role": "user", "content": "And that", "name": None}]
+    assert client.chat.completions.create(**asked, messages=messages).choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match=r"messages\.0\.refusal"):
+        refused = [{"role": "user", "content": "x", "refusal": "no"}]
+        client.chat.completions.create(**asked, messages=refused)
+
+
 def test_a_chat_is_the_engines_on_the_templates_text(server, oracle):
     messages = [
         {"role": "system", "content": "Short."},

@@ -27,7 +27,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ConfigError(f"{path} is neither a .txt nor a .jsonl file", setting="prompts")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", setting="prompts") from error
     read = _of_json if path.suffix == ".jsonl" else lambda _, number, line: Prompt(number, line, None)

@@ -31,10 +31,11 @@ class Drawer {
    private:
     static constexpr int BUCKETS = 1024, SHIFT = 20;  // of a float in (0, 1] by its upper bits
 
+    // What is no number, of a model whose logits are none, counts as the largest: it must not be written past the end.
     static int bucket(float p) {
         uint32_t bits;
         std::memcpy(&bits, &p, sizeof bits);
-        return static_cast<int>(bits >> SHIFT);
+        return std::min(static_cast<int>(bits >> SHIFT), BUCKETS - 1);
     }
 
     // The most probable token's is one.
@@ -132,7 +133,7 @@ class Drawer {
         for (const int v : kept_) total += p_[v];
         for (const int v : kept_)
             if ((until += p_[v]) > u * total) return v;
-        return kept_.back();
+        return kept_.empty() ? 0 : kept_.back();
     }
 
     std::vector<float> p_;

@@ -84,6 +84,8 @@ class NativeStep:
         return sum(tensor.nbytes for tensor in self._kept)
 
     def run(self, rows: Rows) -> Outputs:
+        if not self._handle:
+            raise ConfigError("the engine is closed; open another", setting="step")
         wanted = len(rows.want_W)
         if wanted > len(self._best_W):
             self._logits_WV = torch.empty(wanted, self._logits_WV.shape[1])
