@@ -98,6 +98,8 @@ def _limits(folder: Path, slots: int, prompts: list[tuple[int, ...]], new_tokens
 def _thinking(asked: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Thinking | None:
     budget, words = asked["thinking_budget"], asked["closing_words"]
     if budget is None:
+        if words:
+            raise ConfigError("are said at the end of a thinking_budget; give one", setting="closing_words")
         return None
     tokens = tokens_of("end_of_thought", asked["end_of_thought"], tokenizer)
     return Thinking(budget, tokens, tokens_of("closing_words", words, tokenizer) if words else ())

@@ -58,6 +58,15 @@ def test_an_answer_can_be_sent_back_as_it_came(server):
         client.chat.completions.create(**asked, messages=refused)
 
 
+def test_a_developer_is_the_system_of_a_template_that_knows_none(server):
+    def answer(role: str) -> str:
+        messages = [{"role": role, "content": "Short."}, {"role": "user", "content": "Dedent this"}]
+        asked = {"model": "toy", "messages": messages, "max_completion_tokens": 12, "temperature": 0}
+        return server.client().chat.completions.create(**asked).choices[0].message.content
+
+    assert answer("developer") == answer("system") != answer("assistant")
+
+
 def test_a_chat_is_the_engines_on_the_templates_text(server, oracle):
     messages = [
         {"role": "system", "content": "Short."},

@@ -42,6 +42,10 @@ CHAT = {"model": "toy", "messages": [{"role": "user", "content": "x"}], "max_tok
         ({"thinking_budget": -1}, "thinking_budget"),
         ({"thinking_budget": 1, "end_of_thought": ""}, "end_of_thought"),
         ({"stream_options": {"include": True}}, "stream_options.include"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"closing_words": "So"}, "closing_words"),
+        ({"top_k": 2**31}, "top_k"),
+        ({"temperature": 1e-40}, "temperature"),
     ],
     ids=str,
 )

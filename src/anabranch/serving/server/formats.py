@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anabranch.serving.server.choices import Piece
 from anabranch.serving.server.reading import Asked
+from anabranch.serving.text import BROKEN
 
 
 class Format(ABC):
@@ -106,7 +107,12 @@ class ChatFormat(Format):
 
     def _logprobs(self, piece: Piece) -> dict[str, Any]:
         content = [
-            {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+            {"token": text, "logprob": logprob, "bytes": _bytes(text), "top_logprobs": []}
             for text, logprob in zip(self._token_texts(piece), piece.logprobs, strict=True)
         ]
         return {"content": content, "refusal": None}
+
+
+def _bytes(text: str) -> list[int] | None:
+    """None for a part of a character, whose bytes the text does not tell."""
+    return None if BROKEN in text else list(text.encode())

@@ -13,7 +13,7 @@ from anabranch.scheduling.thinking import Thinking
 from anabranch.serving.batch.prompts import tokens_of
 from anabranch.serving.loading import load_config, load_tokenizer, positions_of, stop_tokens
 from anabranch.serving.server.refusal import ApiError
-from anabranch.serving.server.schema import Body, ChatBody, CompletionBody, read_body
+from anabranch.serving.server.schema import Body, ChatBody, CompletionBody, Message, read_body
 
 # New tokens of a completion that does not say, as in OpenAI's; a chat may fill what is left.
 COMPLETION_TOKENS = 16
@@ -58,7 +58,7 @@ class Reader:
             raise ApiError(
                 400, f"{self.model} has no chat template; use /v1/completions", code="no_chat_template"
             )
-        turns = [message.plain() for message in body.messages]
+        turns = [self._turn(message) for message in body.messages]
         try:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
@@ -66,6 +66,13 @@ class Reader:
         assert isinstance(text, str)
         prompt = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self._asked(body, [tuple(prompt)], body.logprobs, None)
+
+    def _turn(self, message: Message) -> dict[str, str]:
+        """As the template takes it: one that knows no developer might leave out what a developer says."""
+        turn = message.plain()
+        if turn["role"] == "developer" and "developer" not in str(self.tokenizer.chat_template):
+            turn["role"] = "system"
+        return turn
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text)["input_ids"])
@@ -80,6 +87,16 @@ class Reader:
                 param="model",
                 code="model_not_found",
             )
+        thinks = body.thinking_budget is not None
+        for name, without, has_effect in (
+            ("stream_options", "stream", body.stream),
+            ("end_of_thought", "thinking_budget", thinks),
+            ("closing_words", "thinking_budget", thinks),
+        ):
+            if name in body.model_fields_set and not has_effect:
+                raise ApiError(
+                    400, f"{name} says nothing without {without}", param=name, code="invalid_value"
+                )
         if not 1 <= len(prompts) * body.n <= self._max_choices:
             raise ApiError(
                 400,
