@@ -120,26 +120,37 @@ class Batch:
         self.new_tokens += len(new)
 
     def _end(self, running: _Running) -> list[Record]:
-        chain, group = running.chain, running.prompt
-        record = self._record(running)
-        self._forget(chain)
         if self.settings.vote is None:
+            record = self._record(running)
+            self._forget(running.chain)
             return [record]
-        group.ballot.cast(chain.sample, self.settings.answer(record.text), len(record.tokens))
-        return [record, *self._decide(group)]
+        return [self._cast(running), *self._decide(running.prompt)]
 
     def _decide(self, group: _Prompt) -> list[Record]:
         """Where the vote is decided: the vote, then the samples that it cancels."""
         if self.settings.vote is None or not group.ballot.decided:
             return []
+        records: list[Record] = []
+        for chain in sorted(group.running, key=lambda c: c.sample):
+            if chain.end is not None:  # in the same step
+                records.append(self._cast(self._running[chain]))
         left = sorted(group.running, key=lambda c: c.sample)
         outcome = group.ballot.outcome({c.sample: c.new_tokens for c in left})
-        records: list[Record] = [_vote(group.number, outcome)]
+        records.append(_vote(group.number, outcome))
         for chain in left:
             self.engine.cancel(chain)
             records.append(self._record(self._running[chain]))
             self._forget(chain)
         return records
+
+    def _cast(self, running: _Running) -> SampleRecord:
+        """The record of a finished sample, whose vote is counted."""
+        record = self._record(running)
+        self._forget(running.chain)
+        running.prompt.ballot.cast(
+            running.chain.sample, self.settings.answer(record.text), len(record.tokens)
+        )
+        return record
 
     def _record(self, running: _Running) -> SampleRecord:
         chain = running.chain

@@ -104,8 +104,13 @@ class DrainingServer(uvicorn.Server):
 def _listen(settings: ServerSettings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family)
+        listening = socket.create_server((settings.host, settings.port), family=family)
     except OSError as error:
         raise ConfigError(
             f"cannot listen at {settings.host}:{settings.port}: {error}", setting="port"
         ) from None
+    # A closed connection waits for its client to take what was written: so long, then the kernel drops it. Accepted
+    # sockets inherit it; it is Linux's.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * settings.client_s))
+    return listening
