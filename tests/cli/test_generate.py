@@ -144,6 +144,11 @@ def test_a_model_three_times_its_memory_gives_the_same(large: Path, prompts: Pat
     assert refused.exit_code == 2 and "memory_limit_mib" in refused.stderr
 
 
+def votes(lines: list[dict[str, Any]]) -> dict[int, str]:
+    """The answers that prompts' samples voted for."""
+    return {line["prompt"]: line["vote"] for line in lines if "vote" in line}
+
+
 def test_experts_over_several_ranks_give_the_same(folder: Path, prompts: Path) -> None:
     """Votes included; what a run over ranks leaves undone, one process finishes."""
     asked = ["--samples", "3", "--temperature", "1", "--max-new-tokens", "10", "--vote", "(e)", "--json"]
@@ -165,7 +170,9 @@ def test_experts_over_several_ranks_give_the_same(folder: Path, prompts: Path) -
     out.write_text("".join(half) + '{"prompt": 2, "sam')
     resumed, whole = run(folder, prompts, *asked, "--ranks", "2", "--resume")
     assert resumed.exit_code == 0, resumed.output
-    assert samples(whole) == samples(lines)
+    # A sample that had ended may decide a vote before others end.
+    assert len(samples(whole)) >= 6 and all(sample in samples(lines) for sample in samples(whole))
+    assert votes(whole) == votes(lines)
     again, _ = run(folder, prompts, *asked, "--step", "torch", "--resume")
     assert json.loads(again.stdout)["samples"] == 0
 
@@ -290,9 +297,6 @@ def test_resume_does_what_is_missing(folder: Path, prompts: Path) -> None:
 
     def finished(lines: list[dict[str, Any]]) -> list[tuple[int, int, str]]:
         return sorted((s["prompt"], s["sample"], s["text"]) for s in lines if s.get("end") == "length")
-
-    def votes(lines: list[dict[str, Any]]) -> dict[int, str]:
-        return {line["prompt"]: line["vote"] for line in lines if "vote" in line}
 
     assert votes(lines) == votes(whole) and finished(lines) == finished(whole)
     assert 0 < json.loads(result.stdout)["samples"] < 12
