@@ -26,9 +26,10 @@ from anabranch.errors import DataError
 from anabranch.scheduling.chain import Chain, Request
 from anabranch.scheduling.eviction import LEAST
 from anabranch.scheduling.scheduler import Limits, Part
-from anabranch.serving.engine import Engine, EngineSettings, kv_shape_of
+from anabranch.serving.engine import Engine, EngineSettings
 from anabranch.serving.kv_figures import GIB, kv_figures
 from anabranch.serving.loading import load_model, load_tokenizer
+from anabranch.serving.pools import kv_shape_of
 from anabranch.serving.step.base import Outputs
 from anabranch.training.config import RunConfig
 from anabranch.training.sources import STDLIB, read_documents, split_documents

@@ -13,8 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 from anabranch.costs.decode import DecodeShape
-from anabranch.serving.engine import kv_shape_of
-from anabranch.serving.pools import KvShape
+from anabranch.serving.pools import KvShape, kv_shape_of
 
 CHUNK = 512
 RANDOM, TRAINED = "random", "small"

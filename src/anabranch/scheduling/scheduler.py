@@ -15,6 +15,7 @@ from anabranch.scheduling.chain import Chain, End, Request
 from anabranch.scheduling.pages import PAGE, PagePool, pages_of
 from anabranch.scheduling.prefix import PrefixTree
 from anabranch.scheduling.speculation import Speculator
+from anabranch.scheduling.tally import Tally
 from anabranch.scheduling.tier import Tier
 
 
@@ -46,24 +47,6 @@ class Part(NamedTuple):
     def entered(self, got: int) -> int:
         """Tokens that stay cached where the chain got so many: those before the draft, and guesses that came true."""
         return self.tokens - len(self.draft) + max(got - 1, 0)
-
-
-@dataclass
-class Tally:
-    """Counts since the start. reused: prompt tokens found in the prefix tree or copied from another sample. kept:
-    preempted chains whose pages went to a tier. fetched: of these, those that came back. evicted: tokens whose pages
-    left a chain. drafted, accepted: guessed tokens."""
-
-    steps: int = 0
-    preempted: int = 0
-    kept: int = 0
-    fetched: int = 0
-    evicted: int = 0
-    reused: int = 0
-    prefilled: int = 0
-    decoded: int = 0
-    drafted: int = 0
-    accepted: int = 0
 
 
 class Scheduler:

@@ -22,7 +22,7 @@ from anabranch.scheduling.scheduler import Part, Scheduler
 from anabranch.scheduling.speculation import Speculator
 from anabranch.serving.evictor import Evictor
 from anabranch.serving.loading import load_model, positions_of
-from anabranch.serving.pools import FORMAT_SHIFT, FORMATS, KvShape, allocate, first_page
+from anabranch.serving.pools import FORMAT_SHIFT, FORMATS, allocate, first_page, kv_shape_of
 from anabranch.serving.sampler import sample
 from anabranch.serving.settings import WEIGHTS, EngineSettings
 from anabranch.serving.step.base import Int32, Outputs, Rows
@@ -289,13 +289,3 @@ class Engine:
 
 def _int32(numbers: list[int]) -> Int32:
     return np.array(numbers, dtype=np.int32)
-
-
-def kv_shape_of(model: PreTrainedModel) -> KvShape:
-    """Sizes of the model's cached keys and values, by its configuration. Raises ConfigError for latent ones."""
-    config = model.config.get_text_config()
-    if getattr(config, "kv_lora_rank", None):
-        raise ConfigError("latent attention (MLA) is not computed", setting="model")
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return KvShape(config.num_hidden_layers, heads, dim)

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.pages import PAGE, pages_of
-from anabranch.serving.engine import Engine, kv_shape_of
-from anabranch.serving.pools import KvShape
+from anabranch.serving.engine import Engine
+from anabranch.serving.pools import KvShape, kv_shape_of
 from anabranch.serving.settings import EngineSettings
 
 GIB = 1 << 30

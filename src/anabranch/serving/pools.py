@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from anabranch.errors import ConfigError
 from anabranch.scheduling.pages import PAGE
@@ -34,6 +35,16 @@ class KvShape:
             "int4": numbers // 2 + 4 * lines,
         }
         return self.layers * self.heads * one[kind]
+
+
+def kv_shape_of(model: PreTrainedModel) -> KvShape:
+    """Sizes of the model's cached keys and values, by its configuration. Raises ConfigError for latent ones."""
+    config = model.config.get_text_config()
+    if getattr(config, "kv_lora_rank", None):
+        raise ConfigError("latent attention (MLA) is not computed", setting="model")
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return KvShape(config.num_hidden_layers, heads, dim)
 
 
 def first_page(kind: str) -> int:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from anabranch.scheduling.chain import End, Request
-from anabranch.scheduling.scheduler import Tally
+from anabranch.scheduling.tally import Tally
 
 
 class Submit(NamedTuple):
