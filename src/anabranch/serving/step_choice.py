@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from anabranch.errors import BuildError, ConfigError
 from anabranch.scheduling.scheduler import Limits
 from anabranch.serving.decoder import LENGTH_DEPENDENT, read_decoder
+from anabranch.serving.loading import positions_of
 from anabranch.serving.pools import KvShape
 from anabranch.serving.settings import EngineSettings
 from anabranch.serving.step.base import Step
@@ -77,7 +78,7 @@ def _require_only_attention(model: PreTrainedModel, tokens: int) -> None:
         raise ConfigError(f"its layers remember by other means than attention ({what})", setting="model")
     rotary = getattr(config, "rope_parameters", None) or {}
     for kind in (rotary, *(value for value in rotary.values() if isinstance(value, dict))):
-        short = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        short = kind.get("original_max_position_embeddings") or positions_of(config)
         if kind.get("rope_type") in LENGTH_DEPENDENT and tokens > short:
             raise ConfigError(
                 f"beyond {short} tokens its rotary embedding ({kind['rope_type']}) changes with the longest chain of a "
