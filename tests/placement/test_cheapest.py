@@ -82,14 +82,14 @@ def test_chunks_have_to_be_cheaper_by_more_than_prices_err():
     for gain_ms, wanted in ((1.8, DEDUP), (5.4, chunked)):  # of 60: 3 % and 9 %
         chooser = _chooser(Tariff({DEDUP: 20.0, chunked: 20.0 - gain_ms}), exchanges=(DEDUP, chunked))
         assert chooser.choose(EVEN, HOMES).exchange == wanted
-    # A trial without noise takes the doubt away.
+    # A trial takes the doubt away: 3 % are enough then.
     chooser = _chooser(Tariff({DEDUP: 20.0, chunked: 18.2}), exchanges=(DEDUP, chunked))
-    tried = chooser.choose(EVEN, HOMES, lambda choice: 55.0 if choice.exchange == chunked else 60.0)
+    tried = chooser.choose(EVEN, HOMES, lambda choice: 58.2 if choice.exchange == chunked else 60.0)
     assert tried.exchange == chunked
 
 
 def test_what_prices_cannot_tell_apart_is_done_the_simplest_way():
-    for dearer_ms, wanted in ((1.0, FLAT), (4.0, DEDUP)):  # of 43: 2 % and 9 %
+    for dearer_ms, wanted in ((0.5, FLAT), (1.0, DEDUP)):  # of 43: 1.2 % and 2.3 %
         assert _chooser(Tariff({FLAT: 3.0 + dearer_ms, DEDUP: 3.0})).choose(EVEN, HOMES).exchange == wanted
     # `exact` lends a guest here, which costs as much as the rows that stay behind without.
     level = _chooser(Tariff({FLAT: 3}), (FLAT,)).choose(SKEWED, HOMES)

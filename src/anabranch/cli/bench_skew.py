@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from anabranch.cli.bench_cluster import ClusterBench, ClusterRank, measure_cells
+from anabranch.cli.bench_cluster import ClusterRank, measure_cells
 from anabranch.cli.cluster_cases import PAST
 from anabranch.cli.cluster_rows import Policy as Choice
+from anabranch.cli.cluster_settings import ClusterBench
 from anabranch.costs.call import CallModel
 from anabranch.experts.adaptive import AdaptiveExperts, Observation
 from anabranch.placement.base import max_over_mean

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
-from anabranch.cli.bench_cluster import ClusterBench
 from anabranch.cli.cluster_book import Book
 from anabranch.cli.cluster_cases import NATURAL, ClusterCases, workload_names
+from anabranch.cli.cluster_settings import ClusterBench
 from anabranch.cli.cluster_verdict import Row, print_cells, print_explained
 from anabranch.cli.fail import RankDiedError
 from anabranch.cli.launch import told_cause

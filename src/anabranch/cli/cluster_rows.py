@@ -38,6 +38,12 @@ class Run:
     seen: list[list[Observation]] = field(default_factory=list)
     predicted_ms: list[float] = field(default_factory=list)
 
+    def forget_last(self) -> None:
+        """As if the last round had not been."""
+        for kept in (self.timed, self.seen, self.predicted_ms):
+            if kept:
+                kept.pop()
+
     @property
     def step_ms(self) -> list[float]:
         return [timed.step_ms for timed in self.timed]

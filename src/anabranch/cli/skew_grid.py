@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from anabranch.cli.bench_cluster import ClusterBench
 from anabranch.cli.cluster_cases import NATURAL
 from anabranch.cli.cluster_grid import (
     MODEL,
@@ -24,6 +23,7 @@ from anabranch.cli.cluster_grid import (
     topology,
     write_model,
 )
+from anabranch.cli.cluster_settings import ClusterBench
 from anabranch.cli.device import quiet
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.process import usable_cores

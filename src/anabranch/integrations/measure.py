@@ -7,6 +7,7 @@ ranks, E experts, S tokens of a rank, K experts a token, N rows, D hidden size, 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,18 @@ class LayerShape(NamedTuple):
     dtype: torch.dtype
 
 
+class Work(NamedTuple):
+    """What is measured in turns, forward and backward in ms, as `Samples` has it.
+
+    expert_ms: by rows on every rank, even over its homes. expert_alone_ms: twice a micro-batch's rows on the first
+    rank only, as on an overloaded one. call_ms: whole calls of the layer, evenly routed, nothing lent.
+    """
+
+    expert_ms: dict[int, float]
+    expert_alone_ms: dict[int, float]
+    call_ms: tuple[CallSample, ...]
+
+
 class Probe:
     """Measures one layer on one domain. Every method is collective over the domain."""
 
@@ -61,6 +74,7 @@ class Probe:
         plain = self.shape.hidden * self.shape.dtype.itemsize
         there, back = (c.row_bytes(self.shape.hidden) if c else plain for c in wires.codecs())
         with aside(self.device):
+            work = self.work(transports, exchanges)
             return Samples(
                 hidden=self.shape.hidden,
                 experts=self.shape.homes.experts,
@@ -73,11 +87,11 @@ class Probe:
                 link_ms=self.links(),
                 one_way_ms=self.one_way(),
                 alone_ms=self.alone(),
-                expert_ms=self.experts(),
-                expert_alone_ms=self.expert_alone(),
+                expert_ms=work.expert_ms,
+                expert_alone_ms=work.expert_alone_ms,
                 copy_ms_per_mb=self.copy(),
                 plan_ms={name: self.planning(planner) for name, planner in planners.items()},
-                call_ms=self.calls(transports, exchanges),
+                call_ms=work.call_ms,
             )
 
     def token_sizes(self) -> list[int]:
@@ -136,19 +150,36 @@ class Probe:
 
         return self._timed(exchange)
 
-    def experts(self) -> dict[int, float]:
-        """Rows on a rank, even over its homes -> forward and backward ms."""
-        own, even = self.home[0].shape[0], self.shape.tokens * self.shape.top_k
-        sizes = sorted(
-            {max(1, even * part // 8) for part in (1, 4, 8, 16, 8 * min(4, self.shape.homes.ranks))}
+    def work(self, transports: Mapping[str, Transport], exchanges: Sequence[Exchange]) -> Work:
+        """Computation alone and whole calls. In turns: prices are what calls take beyond their computation, and are
+        compared with one another, so what else the machine does at times has to be the same for all."""
+        everywhere = self._expert_sizes()
+        once = 2 * self.shape.tokens * self.shape.top_k
+        kinds = [(exchange, tokens) for exchange in exchanges for tokens in self.token_sizes()]
+        own = self.home[0].shape[0]
+        computations = [partial(self._compute, rows, own) for rows in everywhere]
+        alone = partial(self._compute, once if self.domain.rank == 0 else 0, own)
+        calls = [
+            self._call(FixedChoice(StaticPlanner(), exchange), transports, self._even_ids(tokens))
+            for exchange, tokens in kinds
+        ]
+        ms = iter(self._in_turns([*computations, alone, *calls]))
+        return Work(
+            expert_ms={rows: next(ms) for rows in everywhere},
+            expert_alone_ms={once: next(ms)},
+            call_ms=tuple(CallSample(*exchange, tokens, next(ms)) for exchange, tokens in kinds),
         )
-        return {rows: self._timed(lambda rows=rows: self._compute(rows, own)) for rows in sizes}
 
-    def expert_alone(self) -> dict[int, float]:
-        """Twice a micro-batch's rows on the first rank only, as on an overloaded one -> forward and backward ms."""
-        rows, own = 2 * self.shape.tokens * self.shape.top_k, self.home[0].shape[0]
-        mine = rows if self.domain.rank == 0 else 0
-        return {rows: self._timed(lambda: self._compute(mine, own))}
+    def _expert_sizes(self) -> list[int]:
+        even = self.shape.tokens * self.shape.top_k
+        parts = (1, 4, 8, 16, 8 * min(4, self.shape.homes.ranks))
+        return sorted({max(1, even * part // 8) for part in parts})
+
+    def _in_turns(self, works: Sequence[Callable[[], object]]) -> list[float]:
+        """ms of each, over how slow its turns were."""
+        turns = [[self._once(work) for work in works] for _ in range(REPEATS + 1)]
+        level = levelled([list(times) for times in zip(*turns, strict=True)])
+        return [float(np.median(times[1:])) for times in level]
 
     def _compute(self, rows: int, own: int) -> None:
         if own == 0 or rows == 0:
@@ -177,23 +208,6 @@ class Probe:
         counts_E = np.floor(rows * share_E / share_E.sum()).astype(np.int64)
         counts_RE = np.tile(counts_E, (homes.ranks, 1))
         return self._timed(lambda: planner.plan(counts_RE, homes))
-
-    def calls(
-        self, transports: Mapping[str, Transport], exchanges: Sequence[Exchange]
-    ) -> tuple[CallSample, ...]:
-        """Whole calls of the layer, evenly routed, nothing lent, by each exchange. In turns: what else the machine does
-        at times is the same for all, who are compared by these."""
-        kinds = [(exchange, tokens) for exchange in exchanges for tokens in self.token_sizes()]
-        works = [
-            self._call(FixedChoice(StaticPlanner(), exchange), transports, self._even_ids(tokens))
-            for exchange, tokens in kinds
-        ]
-        turns = [[self._once(work) for work in works] for _ in range(REPEATS + 1)]
-        level = levelled([list(times) for times in zip(*turns, strict=True)])
-        return tuple(
-            CallSample(*exchange, tokens, float(np.median(times[1:])))
-            for (exchange, tokens), times in zip(kinds, level, strict=True)
-        )
 
     def layer(self, chooser: Chooser, transports: Mapping[str, Transport], ids_SK: Tensor) -> float:
         """A whole call of the layer with this routing, forward and backward."""

@@ -16,11 +16,13 @@ from anabranch.placement.load import load_of
 from anabranch.placement.nodes import Nodes
 from anabranch.placement.prices import Prices
 from anabranch.placement.static import StaticPlanner
-from anabranch.placement.trials import Experience, Pair, contenders, run_off
+from anabranch.placement.trials import PRICE_ERROR, Experience, Pair, contenders, run_off
 from anabranch.placement.within_node import WithinNode
 
 # Rank max/mean may move by this part of itself before the kept choice is doubted.
 DRIFT = 0.10
+# Candidates within this part of the cheapest are a tie, which the simplest wins.
+TIE = 0.015
 # The fewest calls between two reviews. A load that jumps to and fro would else be reviewed at every call.
 SOONEST = 2
 # Candidates dearer than the cheapest by more than this part of its price are not tried, nor more than so many: prices
@@ -33,7 +35,7 @@ TRIALS = 2
 
 class Candidate(NamedTuple):
     """One priced way to do a call. guests: copies in its plan. expected_ms: its price, corrected by trials; of an
-    exchange in chunks with its error on top."""
+    exchange in chunks that was not tried, with its error on top."""
 
     planner: str
     exchange: Exchange
@@ -52,9 +54,8 @@ class CheapestChoice:
     A review prices every planner's plan with every exchange on the exact counts at hand. Where the cheapest pair has
     not been tried under such a load, it and the other `contenders` do the call at hand a few times; what they took
     corrects their prices from then on (`Experience`). The kept pair gives way only where one is cheaper by more than
-    `hysteresis`, a fraction: prices are predictions, and changing to and fro gains nothing. For the same reason it
-    gives way to the simplest of those within that fraction of the cheapest: fewer guests win such ties when they
-    are measured (docs/log.md). Between reviews only the kept planner runs.
+    `hysteresis`, a fraction: prices are predictions, and changing to and fro gains nothing. It gives way to the
+    simplest of those within TIE of the cheapest. Between reviews only the kept planner runs.
 
     Reviews come every `review_every` calls, and early when rank max/mean of the homes' load has moved by more than
     DRIFT since the last one: prices follow the load. An early review that changes nothing doubles the calls until
@@ -156,12 +157,19 @@ class CheapestChoice:
         return Choice(plans[best.planner], best.exchange, best.planner)
 
     def _best(self) -> Candidate:
-        """The kept pair while none is cheaper by more than `hysteresis`; else, of those so near the cheapest, the one
-        that lends the fewest guests by the simplest exchange."""
+        """The kept pair while none is cheaper by more than `hysteresis`; else, of those that tie with the cheapest, the
+        one that lends the fewest guests by the simplest exchange."""
+        kept = next((c for c in self.review if c.pair == self._kept), None)
+        if kept is not None and kept in self._within(self.hysteresis):
+            return kept
+        return min(
+            self._within(TIE), key=lambda c: (c.guests, c.exchange.chunks, self.exchanges.index(c.exchange))
+        )
+
+    def _within(self, part: float) -> list[Candidate]:
+        """Candidates that the cheapest is not more than this part cheaper than."""
         limit = self._cheapest().expected_ms
-        near = [c for c in self.review if c.expected_ms * (1.0 - self.hysteresis) <= limit]
-        simplest = min(near, key=lambda c: (c.guests, c.exchange.chunks, self.exchanges.index(c.exchange)))
-        return next((c for c in near if c.pair == self._kept), simplest)
+        return [c for c in self.review if c.expected_ms * (1.0 - part) <= limit]
 
     def _cheapest(self) -> Candidate:
         return min(self.review, key=lambda candidate: candidate.expected_ms)
@@ -176,9 +184,11 @@ class CheapestChoice:
         self.review = tuple(found)
 
     def _expected_ms(self, predicted_ms: float, max_mean: float, pair: Pair) -> float:
-        """Chunks hide less than prices err by, on CPUs at least (docs/log.md): they have to be cheaper for certain."""
+        """Chunks hide less than prices err by, on CPUs at least (docs/log.md): they have to be tried, or be cheaper for
+        certain."""
         ms = predicted_ms * self.experience.correction(max_mean, pair)
-        return ms * (1.0 + self.experience.error(max_mean, pair)) if pair[1].chunks > 1 else ms
+        doubted = pair[1].chunks > 1 and not self.experience.knows(max_mean, pair)
+        return ms * (1.0 + PRICE_ERROR) if doubted else ms
 
     def _try(self, plans: Mapping[str, Plan], max_mean: float, trial: Trial) -> None:
         """Let the contenders run, and correct all prices by what they took. Of those that ran before, one is enough."""

@@ -12,8 +12,8 @@ from anabranch.placement.choice import Choice, Exchange, Trial
 FAR = (1.6, 1.2, 1.1)
 NEAR = 1.06
 # Warm runs of those that are left: more only where their times are not known within SETTLED, a standard error.
-LEAST, MOST = 3, 8
-SETTLED = 0.015
+LEAST, MOST = 3, 12
+SETTLED = 0.012
 # What a call aside tells of one within a step is off by this much, however often it ran.
 ASIDE = 0.02
 # Loads whose max/mean lies within one such factor share what was learnt: errors of prices grow with the skew.
@@ -58,13 +58,6 @@ class Experience:
             return usual
         trust = PRICE_ERROR**2 / (PRICE_ERROR**2 + own.error**2)
         return usual * (own.ratio / usual) ** trust
-
-    def error(self, max_mean: float, pair: Pair) -> float:
-        """How far the corrected price of the pair may be off, a standard error as a fraction."""
-        own = self._lessons.get((_band(max_mean), pair))
-        if own is None:
-            return PRICE_ERROR
-        return PRICE_ERROR * own.error / math.hypot(PRICE_ERROR, own.error)
 
     def learn(
         self, max_mean: float, predicted_ms: Mapping[Pair, float], runs_ms: Mapping[Pair, Sequence[float]]
@@ -126,8 +119,9 @@ def levelled(runs_ms: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def contenders(priced_ms: Mapping[Pair, float], within: float, most: int) -> list[Pair]:
-    """Who is worth a trial, cheapest first: the cheapest pair of each exchange and of each planner, so that an error
-    in the price of one of them is found out, as far as it lies within this fraction of the cheapest of all."""
+    """Who is worth a trial, cheapest first, as far as it lies within this fraction of the cheapest of all: first the
+    cheapest pair of each exchange and of each planner, so that an error in the price of one of them is found out;
+    then any others, since a planner and an exchange may suit each other better than prices know."""
     order = sorted(priced_ms, key=lambda pair: priced_ms[pair])
     of_planner, of_exchange = (dict[str, Pair](), dict[Exchange, Pair]())
     for planner, exchange in order:
@@ -135,7 +129,9 @@ def contenders(priced_ms: Mapping[Pair, float], within: float, most: int) -> lis
         of_exchange.setdefault(exchange, (planner, exchange))
     firsts = {*of_planner.values(), *of_exchange.values()}
     limit = priced_ms[order[0]] * (1.0 + within)
-    return [pair for pair in order if pair in firsts and priced_ms[pair] <= limit][:most]
+    near = [pair for pair in order if priced_ms[pair] <= limit]
+    worth = sorted(near, key=lambda pair: pair not in firsts)[:most]
+    return sorted(worth, key=near.index)
 
 
 def _typical(runs_ms: Sequence[float]) -> float:
