@@ -132,6 +132,10 @@ def test_rounds_go_to_the_ratios_that_are_open():
     open_ = _contest({**pace, AUTOS: 105.0, NEAR: 112.0}, most=6, noise=0.05)
     assert (open_[AUTOS], open_[THEIRS], open_[BEST], open_[NEAR], open_[BOUND]) == (6, 6, 6, 3, 3)
     assert _contest(pace, most=2) == dict.fromkeys(pace, 2)
+    # Once it is clear that transformers are slower, what is open is measured without them.
+    long = _contest({**pace, AUTOS: 107.0}, most=20, noise=0.05)
+    assert (long[AUTOS], long[BEST], long[THEIRS]) == (20, 20, 8)
+    assert _contest({**pace, THEIRS: 104.0, AUTOS: 110.0}, most=20, noise=0.02)[THEIRS] == 20
 
 
 def test_one_program_is_measured_once_and_auto_may_run_it():

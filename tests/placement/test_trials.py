@@ -117,6 +117,12 @@ def test_noise_is_measured_longer_and_believed_less():
         lambda c: pace[c.exchange] * (1 + 0.05 * noise.uniform(-1, 1)),
     )
     assert max(len(ms) for ms in runs) > 4
+    pace[FLAT], noise = 10.5, np.random.default_rng(1)
+    longer = run_off(
+        [Choice(PLAN, exchange, "static") for exchange in pace],
+        lambda c: pace[c.exchange] * (1 + 0.08 * noise.uniform(-1, 1)),
+    )
+    assert 4 < len(longer[0]) < len(longer[2]), "as many runs as it takes to tell, and no more"
     experience, flat, dedup = Experience(), ("static", FLAT), ("static", DEDUP)
     prices = {flat: 10.0, dedup: 10.0}
     experience.learn(1.0, prices, {flat: [9.0, 12.0, 8.0, 10.0, 10.0], dedup: [9.0, 8.0, 10.0, 9.0, 9.0]})

@@ -11,6 +11,8 @@ from anabranch.cli.cluster_rows import AUTO, IDEAL, TRANSFORMERS, Policy
 FAR = {1: 1.6, 2: 1.25}
 NEAR = 1.08
 LEAST = 3
+# Whose steps take longest is measured no more often than this, once its ratio is clear: bursts come every fourth round.
+ENOUGH = 8
 # What a cell has to show: the time of `auto` over that of transformers, and over that of the best fixed choice.
 THEIRS, BEST = 1.02, 1.05
 # A ratio is clear where it is this many standard errors below its limit, or below it and known within SETTLED. One
@@ -31,8 +33,9 @@ def next_round(records: Mapping[Policy, Record], most: int) -> list[Policy]:
 
     One that was left out never returns, so two policies share their rounds as far as both have some. Everybody runs
     twice, except who takes far more than the best fixed policy; then those within FAR of it, and from LEAST
-    rounds on those within NEAR, `auto` and transformers. Of fixed policies that ran the same program twice only the
-    first goes on. The ideal runs LEAST times; lossy rows, which are there for their bytes, twice.
+    rounds on those within NEAR, `auto`, and transformers as long as they are not clearly slower. Of fixed policies
+    that ran the same program twice only the first goes on. The ideal runs LEAST times; lossy rows, which are there
+    for their bytes, twice.
     """
     rounds = max(len(record.step_ms) for record in records.values())
     still = [policy for policy, record in records.items() if len(record.step_ms) == rounds]
@@ -56,8 +59,10 @@ def _same(records: Mapping[Policy, Record], one: Policy, other: Policy) -> bool:
 
 
 def _goes_on(records: Mapping[Policy, Record], policy: Policy, rounds: int, best: Policy) -> bool:
-    if policy.name in (AUTO, TRANSFORMERS):
+    if policy.name == AUTO:
         return True
+    if policy.name == TRANSFORMERS:
+        return rounds < ENOUGH or not _clear_of_theirs(records)
     if policy.codec != "none":
         return rounds < 2
     if policy.name == IDEAL:
@@ -66,11 +71,18 @@ def _goes_on(records: Mapping[Policy, Record], policy: Policy, rounds: int, best
 
 
 def _clear_of_limits(records: Mapping[Policy, Record], best: Policy) -> bool:
-    (auto,), (theirs,) = ([p for p in records if p.name == name] for name in (AUTO, TRANSFORMERS))
-    found = records[auto].program == records[best].program  # it runs the best choice itself
-    return _clear(_ratios(records[auto], records[theirs]), THEIRS, SURE) and _clear(
-        _ratios(records[auto], records[best]), BEST, 0.0 if found else SURE
-    )
+    auto = _named(records, AUTO)
+    found = auto.program == records[best].program  # it runs the best choice itself
+    return _clear_of_theirs(records) and _clear(_ratios(auto, records[best]), BEST, 0.0 if found else SURE)
+
+
+def _clear_of_theirs(records: Mapping[Policy, Record]) -> bool:
+    return _clear(_ratios(_named(records, AUTO), _named(records, TRANSFORMERS)), THEIRS, SURE)
+
+
+def _named(records: Mapping[Policy, Record], name: str) -> Record:
+    (record,) = (record for policy, record in records.items() if policy.name == name)
+    return record
 
 
 def _ratios(one: Record, other: Record) -> np.ndarray:

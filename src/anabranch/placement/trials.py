@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 from anabranch.placement.choice import Choice, Exchange, Trial
 
 # A candidate slower than the fastest by more than this is out: after its first run, which is cold, its second, its
-# third, any later one.
-FAR = (1.6, 1.2, 1.1)
-NEAR = 1.06
+# third.
+FAR = (1.6, 1.3, 1.15)
+# Later, one that is slower by more standard errors than SURE of the difference, if by more than NEAR.
+SURE, NEAR = 2.0, 1.015
 # Warm runs of those that are left: more only where their times are not known within SETTLED, a standard error.
-LEAST, MOST = 3, 12
-SETTLED = 0.012
+LEAST, MOST = 3, 32
+SETTLED = 0.01
 # What a call aside tells of one within a step is off by this much, however often it ran.
 ASIDE = 0.02
 # Loads whose max/mean lies within one such factor share what was learnt: errors of prices grow with the skew.
@@ -95,8 +96,8 @@ def run_off(choices: Sequence[Choice], trial: Trial) -> list[list[float]]:
         for place in racing:
             runs[place].append(trial(choices[place]))
         level = dict(zip(racing, levelled([runs[place] for place in racing]), strict=True))
-        limit = min(map(_typical, level.values())) * (FAR[turn] if turn < len(FAR) else NEAR)
-        racing = [place for place in racing if _typical(level[place]) <= limit]
+        best = min(level.values(), key=_typical)
+        racing = [place for place in racing if not _behind(level[place], best)]
         settled = turn >= LEAST and all(_spread(level[place]) < SETTLED * math.sqrt(turn) for place in racing)
         if settled or (len(racing) == 1 and turn > 0):
             break
@@ -132,6 +133,15 @@ def contenders(priced_ms: Mapping[Pair, float], within: float, most: int) -> lis
     near = [pair for pair in order if priced_ms[pair] <= limit]
     worth = sorted(near, key=lambda pair: pair not in firsts)[:most]
     return sorted(worth, key=near.index)
+
+
+def _behind(runs_ms: Sequence[float], best_ms: Sequence[float]) -> bool:
+    """Whether one is clearly slower than the best, after as many runs each."""
+    slower, runs = _typical(runs_ms) / _typical(best_ms), len(runs_ms)
+    if runs <= len(FAR):
+        return slower > FAR[runs - 1]
+    error = math.hypot(_spread(runs_ms), _spread(best_ms)) / math.sqrt(runs - 1)
+    return slower > max(NEAR, 1.0 + SURE * error)
 
 
 def _typical(runs_ms: Sequence[float]) -> float:
