@@ -308,6 +308,12 @@ def test_resume_refuses_other_settings(folder: Path, prompts: Path) -> None:
     run(folder, prompts, "--max-new-tokens", "4")
     result, _ = run(folder, prompts, "--max-new-tokens", "5", "--resume")
     assert result.exit_code == 2 and "max_new_tokens was 4, now 5" in result.stderr
+    weights = folder / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-4] + bytes(4))
+    result, _ = run(folder, prompts, "--max-new-tokens", "4", "--resume")
+    weights.write_bytes(before)
+    assert result.exit_code == 2 and "weights was" in result.stderr
     result, _ = run(folder, prompts, "--max-new-tokens", "4")
     assert result.exit_code == 2 and "--resume" in result.stderr and "--overwrite" in result.stderr
 

@@ -12,7 +12,7 @@ import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -53,6 +53,15 @@ def bench_cluster_rank(settings: dict[str, Any]) -> dict[str, Any]:
     bench = ClusterBench.from_dict(settings)
     measured = measure_cells(bench, ClusterRank)
     return {"explained": measured.explained() if bench.explain else []}
+
+
+class Prepared(NamedTuple):
+    """Carriers of every policy by prices of now. tried_ms: what trials of `auto` took. stolen: of that time, the part
+    that a hypervisor took."""
+
+    layers: dict[Policy, list[AdaptiveExperts]]
+    tried_ms: float
+    stolen: float
 
 
 Rank = TypeVar("Rank", bound="ClusterRank")
@@ -104,10 +113,10 @@ class ClusterRank:
 
         Rounds of which a hypervisor took too much are dropped, at most as many as may be kept.
         """
-        layers, tried_ms = self._prepared(workload)
+        layers, tried_ms, before = self._prepared(workload)
         runs = {policy: Run() for policy in self.policies}
         measured: list[list[IntArray]] = []
-        dropped, stolen = 0, [self._stolen()]
+        dropped, stolen = 0, [before]
         while taking_part := next_round(_records(runs), self.bench.rounds):
             counts = self._round(workload, len(measured), taking_part, layers, runs)
             part = self._stolen()
@@ -118,21 +127,20 @@ class ClusterRank:
                 continue
             measured.append(counts)
             stolen.append(part)
-        about = {"rounds_dropped": dropped, "stolen_percent": round(100 * max(stolen[1:]), 2)}
+        about = {"rounds_dropped": dropped, "stolen_percent": round(100 * max(stolen), 2)}
         rows = [self.reporter.row(workload, policy, runs, measured) for policy in self.policies]
         return [row | about | {"trials_ms": tried_ms if row["policy"] == AUTO else 0.0} for row in rows]
 
-    def _prepared(self, workload: str) -> tuple[dict[Policy, list[AdaptiveExperts]], float]:
-        """Carriers of every policy by prices of now, and what trials of `auto` took in ms; anew where they were
-        disturbed."""
+    def _prepared(self, workload: str) -> Prepared:
+        """Prices are measured, and `auto` tries; anew where a hypervisor took too much."""
+        self._stolen()
         for _ in range(ATTEMPTS):
-            self._stolen()
             self._calibrate(workload)
             layers = {policy: self._layers(policy, workload) for policy in self.policies}
             tried_ms = self._try_before(layers, workload)
-            if self._stolen() <= STOLEN:
+            if (part := self._stolen()) <= STOLEN:
                 break
-        return layers, tried_ms
+        return Prepared(layers, tried_ms, part)
 
     def _round(
         self,

@@ -17,6 +17,7 @@ from anabranch.cli.launch import launch
 from anabranch.cli.process import say
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.serving.engine import EngineSettings
+from anabranch.serving.loading import fingerprint
 from anabranch.training.checkpoints import difference
 from anabranch.training.folder import write_json
 
@@ -110,6 +111,7 @@ def generate(
     quiet()
     work = planned(given)
     asked = {name: value for name, value in given.items() if name not in FREE}
+    asked["weights"] = fingerprint(Path(model))
     asked["prompts"] = hashlib.sha256(Path(prompts).read_bytes()).hexdigest()[:16]
     _require_free(work.out, asked, resume, overwrite)
     try:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from anabranch.errors import ConfigError
 from anabranch.scheduling.chain import Chain, End, Request
-from anabranch.scheduling.pages import PagePool, pages_of
+from anabranch.scheduling.pages import PAGE, PagePool, pages_of
 from anabranch.scheduling.scheduler import Part, Scheduler
 from anabranch.scheduling.speculation import Speculator
 from anabranch.serving.evictor import Evictor
@@ -92,6 +92,11 @@ class Engine:
         # Called after each step, while its parts are as they entered.
         self.watchers: list[Callable[[Sequence[Part], Outputs], None]] = []
         self.evictor = self._evictor(kv_dtype)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that one chain can have, alone in the pool."""
+        return min(self.limits.tokens, PAGE * self.scheduler.pool.pages)
 
     @classmethod
     def from_folder(cls, folder: Path, settings: EngineSettings | None = None) -> "Engine":

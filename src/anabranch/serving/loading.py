@@ -1,5 +1,6 @@
 """A model folder as `save_pretrained` writes it, for serving."""
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from transformers.distributed import DistributedConfig
 
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.integrations.transformers import NAME, adaptive_layers
+
+# Of each file: a file that is no larger than all of them is read whole.
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -59,6 +63,21 @@ def load_spread(folder: Path, dtype: torch.dtype | None, ranks: int) -> PreTrain
         if isinstance(module, FSDPModule):
             module.set_reshard_after_forward(False)
     return model
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells one model from another at the same path: all of its small files, and samples of its weights."""
+    digest = hashlib.sha256()
+    for file in sorted(
+        (*folder.glob("*config.json"), *folder.glob("tokenizer*"), *folder.glob("*.safetensors"))
+    ):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as content:
+            for part in range(SAMPLES):
+                content.seek(max(0, size - SAMPLE_BYTES) * part // (SAMPLES - 1))
+                digest.update(content.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def positions_of(config: PreTrainedConfig) -> int:

@@ -2,6 +2,7 @@
 
 import openai
 import pytest
+from tests.serving.server.conftest import Server
 
 from anabranch.scheduling.sampling import Sampling
 
@@ -82,6 +83,19 @@ def test_a_chat_is_the_engines_on_the_templates_text(server, oracle):
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == text
     assert [c.choices[0].delta.role for c in chunks] == ["assistant"] + [None] * (len(chunks) - 1)
     assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_a_chat_without_a_limit_may_have_what_the_pages_hold(served_model, tmp_path):
+    server = Server(served_model, tmp_path / "server", "--kv-memory-mib", "1")
+    asked = {"model": "toy", "messages": [{"role": "user", "content": "Dedent this"}], "temperature": 0}
+    try:
+        answer = server.client().chat.completions.create(**asked)
+        refused = server.post({**asked, "max_tokens": 4000}, "/v1/chat/completions")
+    finally:
+        server.stop()
+    assert answer.choices[0].finish_reason in ("length", "stop")
+    assert refused.status_code == 400
+    assert "more than 2048" in refused.json()["error"]["message"]
 
 
 def test_samples_are_the_engines_of_the_same_seed(server, oracle):

@@ -21,9 +21,11 @@ class Cancel(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """Worker to front, once: the model is loaded. why_not_native: why transformers' own modules compute it, if so."""
+    """Worker to front, once: the model is loaded. why_not_native: why transformers' own modules compute it, if so.
+    tokens: the most that one chain can have, prompt and new ones."""
 
     why_not_native: str | None
+    tokens: int
 
 
 class Failed(NamedTuple):

@@ -40,6 +40,10 @@ class Reader:
         self._max_choices = max_choices
         self._stop_tokens = stop_tokens(Path(folder), self.tokenizer)
 
+    def bound(self, tokens: int) -> None:
+        """No chain of the engine can have more tokens than this, which is known once it runs."""
+        self._tokens = min(self._tokens, tokens)
+
     def completion(self, content: bytes) -> Asked:
         """Of /v1/completions. Raises ApiError."""
         body = read_body(content, CompletionBody)

@@ -52,6 +52,7 @@ async def _serve(
     )
     settled.cancel()
     if backend.ready is not None:
+        reader.bound(backend.ready.tokens)
         host, port = listening.getsockname()[:2]
         slow = backend.ready.why_not_native
         tell(f"serving {reader.model} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")

@@ -33,7 +33,7 @@ def work(connection: Connection, folder: str, settings: EngineSettings) -> None:
         return
     with engine:
         try:
-            connection.send([Ready(engine.why_not_native)])
+            connection.send([Ready(engine.why_not_native, engine.longest)])
             EngineLoop(engine, connection).run()
         except (EOFError, ConnectionError):
             return  # the front is gone
