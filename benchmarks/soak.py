@@ -2,7 +2,8 @@
 
     python -m benchmarks.soak --clients 500 --minutes 10 --json soak.json
 
-Ends with 1 on a wrong answer, a leaked page, an unclear error or growing memory.
+Ends with 1 on a wrong answer, a leaked page, an unclear error or growing memory, and where something that it is for did
+not happen: no chain that ran was cancelled, no body refused, nothing preempted.
 
 Time is cut in quarters. After each one the clients pause, the server comes to rest, and its pages and memory are
 looked at. In the second quarter the worker is killed.
@@ -20,6 +21,8 @@ import sys
 import tempfile
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,22 +49,51 @@ PROMPTS, LONGEST, LENGTHS = 64, 96, (4, 24, 96)
 MARGIN = 1e-3
 QUARTERS, START_S, REST_S = 4, 180, 60
 # Memory may grow by so much between the first quarter after the kill and the end.
-GROWTH, GROWTH_MIB = 0.05, 8
+GROWTH, GROWTH_MIB = 0.01, 4
+# The quarter in which the worker is killed.
+KILL = 1
+# Each of these has to happen. Outcomes of clients, all but the first of those that misbehave.
+WANTED = (
+    "whole: right", "stream: right", "samples: 200", "leave_stream: left midway", "leave_whole: left", "oversized: 413",
+    "malformed: 400",
+)  # fmt: skip
+# How those end whose bodies are no requests.
+OWN = {"oversized": {"413"}, "malformed": {"400", "404"}}
+# Last lines of the server's log that a failed run shows.
+LOG_LINES = 20
 MIB = 1 << 20
+
+
+@dataclass
+class Course:
+    """What was seen of a run, as far as it went. looks: the server at rest, before the first quarter and after each.
+    outcomes: of each quarter. failure: why it went no further."""
+
+    tally: Tally = field(default_factory=Tally)
+    looks: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    outcomes: list[Counter[str]] = field(default_factory=list[Counter[str]])
+    failure: str | None = None
 
 
 def soak(clients: int, minutes: float, folder: Path) -> dict[str, Any]:
     """One row of what was counted and measured; `verdict` is empty when all is well. folder: for the model."""
     cases = write_model(folder)
     command = [sys.executable, "-m", "anabranch", "serve", str(folder), *OPTIONS]
-    with (folder / "server.log").open("w") as log, subprocess.Popen(command, stderr=log) as server:
+    course, status, logged = Course(), None, folder / "server.log"
+    with logged.open("w") as log, subprocess.Popen(command, stderr=log) as server:
         try:
-            row = asyncio.run(_load(clients, minutes * 60, folder / "server.log", server, cases))
+            asyncio.run(_load(clients, minutes * 60, logged, server, cases, course))
             server.send_signal(signal.SIGTERM)
-            row["exit_status"] = server.wait(REST_S)
+            status = server.wait(REST_S)
+        except (OSError, LookupError, ValueError, subprocess.TimeoutExpired) as error:
+            course.failure = f"{type(error).__name__}: {error}"
         finally:
             server.kill()
-    return {**row, "verdict": verdict(row)}
+    row = {**_row(clients, minutes, course, len(cases)), "exit_status": status}
+    found = verdict(row)
+    if found:
+        row["log"] = logged.read_text().splitlines()[-LOG_LINES:]
+    return {**row, "verdict": found}
 
 
 def write_model(folder: Path) -> list[Case]:
@@ -111,12 +143,15 @@ def agrees(model: PreTrainedModel, prompt: tuple[int, ...], new: list[int]) -> b
 
 def verdict(row: dict[str, Any]) -> list[str]:
     """All that is wrong."""
-    found = [f"wrong answer: {text}" for text in row["wrong_answers"]]
+    found = [f"it ended early: {row['failure']}"] if row["failure"] else []
+    found += [f"wrong answer: {text}" for text in row["wrong_answers"]]
     found += [f"{n} leaked pages after quarter {i}" for i, n in enumerate(row["leaked_pages"]) if n]
     found += [f"{n} requests ended as {name!r}" for name, n in row["unexpected"].items()]
+    found += [f"no request ended as {name!r}" for name in WANTED if not row["outcomes"].get(name)]
+    found += [f"no chain was {name}" for name in ("preempted", "cancelled") if not row[name]]
     for name in ("worker", "front"):
         memory = row[f"{name}_mib"]
-        if memory[-1] > memory[2] * (1 + GROWTH) + GROWTH_MIB:
+        if memory[KILL + 1 :] and memory[-1] > memory[KILL + 1] * (1 + GROWTH) + GROWTH_MIB:
             found.append(f"memory of the {name} grew: {memory} MiB")
     if row["restarts"] != 1:
         found.append(f"{row['restarts']} workers were replaced, one was killed")
@@ -126,73 +161,83 @@ def verdict(row: dict[str, Any]) -> list[str]:
 
 
 async def _load(
-    clients: int, seconds: float, log: Path, server: subprocess.Popen[bytes], cases: list[Case]
-) -> dict[str, Any]:
+    clients: int,
+    seconds: float,
+    log: Path,
+    server: subprocess.Popen[bytes],
+    cases: list[Case],
+    course: Course,
+) -> None:
     port = await _port(log, server)
-    tally, going = Tally(), asyncio.Event()
+    tally, going = course.tally, asyncio.Event()
     crowd = [Client(i, port, cases, BODY_LIMIT, going, tally) for i in range(clients)]
     tasks = [asyncio.create_task(client.run()) for client in crowd]
-    looks = [await _rest(port, crowd)]
+    course.looks.append(await _rest(port, crowd))
     for quarter in range(QUARTERS):
+        before = Counter(tally.outcomes)
         going.set()
         await asyncio.sleep(seconds / QUARTERS / 2)
-        if quarter == 1:
+        if quarter == KILL:
             os.kill(int((await _metrics(port))["worker_pid"]), signal.SIGKILL)
         await asyncio.sleep(seconds / QUARTERS / 2)
         going.clear()
-        looks.append(await _rest(port, crowd))
+        course.looks.append(await _rest(port, crowd))
+        course.outcomes.append(tally.outcomes - before)
     for task in tasks:
         task.cancel()
     for ended in await asyncio.gather(*tasks, return_exceptions=True):
         if isinstance(ended, Exception):
             raise ended
-    return _row(clients, seconds, tally, looks, len(cases))
 
 
-def _row(
-    clients: int, seconds: float, tally: Tally, looks: list[dict[str, float]], cases: int
-) -> dict[str, Any]:
+def _row(clients: int, minutes: float, course: Course, cases: int) -> dict[str, Any]:
+    tally, looks = course.tally, course.looks
     latencies = torch.tensor(tally.latencies_s or [0.0])
     rights = sum(n for name, n in tally.outcomes.items() if name.endswith(": right"))
     return {
         "clients": clients,
-        "minutes": seconds / 60,
+        "minutes": minutes,
         "cases": cases,
         "requests": tally.outcomes.total(),
         "right_answers": rights,
         "wrong_answers": tally.wrong,
         "outcomes": dict(sorted(tally.outcomes.items())),
-        "unexpected": unexpected(tally.outcomes),
+        "unexpected": unexpected(course.outcomes),
         "latency_p50_s": round(float(latencies.quantile(0.5)), 3),
         "latency_p99_s": round(float(latencies.quantile(0.99)), 3),
         "worker_mib": [round(look['resident_bytes{process="worker"}'] / MIB, 1) for look in looks],
         "front_mib": [round(look['resident_bytes{process="front"}'] / MIB, 1) for look in looks],
-        "leaked_pages": [
-            int(
-                max(
-                    look["kv_pages_leaked"],
-                    look['kv_pages{state="total"}']
-                    - look['kv_pages{state="free"}']
-                    - look['kv_pages{state="cached"}'],
-                )
-            )
-            for look in looks
-        ],
-        "preempted": [int(look["engine_preempted_total"]) for look in looks],
-        "restarts": int(looks[-1]["worker_restarts_total"]),
+        "leaked_pages": list(map(_leaked, looks)),
+        "preempted": _of_workers(looks, "engine_preempted_total"),
+        "cancelled": _of_workers(looks, "engine_cancelled_total"),
+        "restarts": int(looks[-1]["worker_restarts_total"]) if looks else 0,
+        "failure": course.failure,
     }
 
 
-def unexpected(outcomes: Counter[str]) -> dict[str, int]:
-    """Outcomes that no client should see. 503 and an error event come of the kill, 429 of the crowd."""
-    fine = {"right", "wrong", "200", "429", "503", "error event"}
-    own = {"oversized": {"413", "429"}, "malformed": {"400", "404", "429"}}
-    return {
-        name: n
-        for name, n in outcomes.items()
-        if (action := name.split(": ")[0], end := name.split(": ")[1])
-        and end not in own.get(action, fine | ({"left"} if action.startswith("leave") else set()))
-    }
+def _leaked(look: dict[str, float]) -> int:
+    """Pages at rest that are neither free nor in the prefix tree, as the server's own check or its counts say."""
+    total, free, cached = (look[f'kv_pages{{state="{state}"}}'] for state in ("total", "free", "cached"))
+    return int(max(look["kv_pages_leaked"], total - free - cached))
+
+
+def _of_workers(looks: list[dict[str, float]], name: str) -> int:
+    """What both workers counted, the killed one up to the last rest before its end."""
+    return int(sum(look[name] for look in (looks[KILL : KILL + 1] + looks[KILL + 1 :][-1:])))
+
+
+def unexpected(quarters: Sequence[Counter[str]]) -> dict[str, int]:
+    """Outcomes that no client should see. 429 comes of the crowd, 503 and an error event of the kill in its quarter."""
+    found = Counter[str]()
+    for quarter, outcomes in enumerate(quarters):
+        killed = {"503", "error event"} if quarter == KILL else set[str]()
+        for name, n in outcomes.items():
+            action, end = name.split(": ", 1)
+            own = OWN.get(action, {"right", "wrong", "200"} | killed)
+            left = {"left", "left midway"} if action.startswith("leave") else set[str]()
+            if end not in own | left | {"429"}:
+                found[name] += n
+    return dict(found)
 
 
 async def _port(log: Path, server: subprocess.Popen[bytes]) -> int:
@@ -207,7 +252,10 @@ async def _port(log: Path, server: subprocess.Popen[bytes]) -> int:
 
 
 async def _metrics(port: int) -> dict[str, float]:
-    lines = (await get(port, "/metrics")).content.decode().splitlines()
+    reply = await get(port, "/metrics")
+    if reply.status != 200:
+        raise ConnectionError(f"/metrics answered {reply.status or 'nothing'}")
+    lines = reply.content.decode().splitlines()
     pairs = (line.removeprefix("anabranch_").rsplit(" ", 1) for line in lines if not line.startswith("#"))
     return {name: float(value) for name, value in pairs}
 

@@ -184,7 +184,7 @@ def test_two_processes_make_one_file_and_stay_within_their_limit(tmp_path: Path)
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=source) for _ in range(2)]
     results = [json.loads(process.communicate()[0]) for process in processes]
     assert {file.suffix for file in (tmp_path / "store").iterdir()} == {".experts", ".lock"}
-    settings = EngineSettings(dtype="float32", kv_memory_mib=16, threads=2, limits=Limits(2, 256, 512))
+    settings = EngineSettings(dtype="float32", kv_memory_mib=32, threads=2, limits=Limits(2, 256, 512))
     with Engine.from_folder(folder, settings) as engine:
         expected = [
             done.tokens for done in engine.generate([Request(tuple(p), 16) for p in results[0]["prompts"]])
@@ -193,8 +193,8 @@ def test_two_processes_make_one_file_and_stay_within_their_limit(tmp_path: Path)
         assert engine.step.weight_bytes > 144 * MIB
     for result in results:
         assert result["tokens"] == expected
-        # Beside the weights: keys and values (16 MiB), rows of a step, code that is loaded on the way.
-        assert result["peak_bytes"] - result["before_bytes"] < (48 + 16 + 32) * MIB
+        # Beside the weights: keys and values (32 MiB), rows of a step, code that is loaded on the way.
+        assert result["peak_bytes"] - result["before_bytes"] < (48 + 32 + 32) * MIB
 
 
 def test_a_limit_needs_a_folder_and_the_native_step(model: Path, tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ class Scheduler:
                     self._tier.drop(chain)
                     chain.kept, chain.cached, chain.evicted, chain.mass = False, 0, 0, []
             else:
+                self.tally.cancelled += 1
                 self._vacate(chain)
 
     def evict(self, chain: Chain, places: Sequence[int]) -> None:
