@@ -8,12 +8,11 @@ runs/reasoning/pretrained and runs/reasoning/grpo are folders that `Engine` and 
 """
 
 import json
-import math
 import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -22,9 +21,7 @@ import numpy as np
 import torch
 import typer
 from recipes.arithmetic import (
-    EOS,
     MAX_NEW_TOKENS,
-    Problem,
     answer,
     model_config,
     problems,
@@ -32,7 +29,8 @@ from recipes.arithmetic import (
     solved,
     tokenizer,
     unseen,
-)  # fmt: skip
+)
+from recipes.judging import JUDGED, PRACTISED, WORKED, judge, requests, settings
 from recipes.stages import descend, interruptible, machine, stage
 from rich.console import Console
 from rich.table import Table
@@ -41,17 +39,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from anabranch.placement.base import Homes, max_over_mean
 from anabranch.placement.policy import make_planner
-from anabranch.scheduling.chain import Request
-from anabranch.scheduling.sampling import Sampling
-from anabranch.scheduling.scheduler import Limits
-from anabranch.scheduling.voting import Ballot
-from anabranch.serving.engine import EngineSettings
-from anabranch.serving.invariant import BatchInvariant
 from anabranch.serving.rollout import Rollout, RolloutEngine
 from anabranch.training.grpo import advantages, objective, pad, spread, token_logprobs
 
-# Seeds of problems: ranges that no stage shares.
-JUDGED, PRACTISED, WORKED = 0, 1_000_000, 10_000_000
+# Seeds of one run are so far from the next one's; those that are judged are the same in all.
+APART = 100_000_000
+TWO_RANKS_S = 1200
 
 
 @dataclass(frozen=True)
@@ -72,38 +65,19 @@ class Sizes:
     # Judged before and after: problems, and samples of each.
     judged: int = 256
     votes: int = 8
+    # Of the first weights, the problems learnt from, and their samples.
+    seed: int = 0
 
 
 QUICK = Sizes(pretrain_steps=120, pretrain_batch=64, grpo_steps=6, prompts=8, judged=32)
 
 
-def settings(step: str) -> EngineSettings:
-    """Of the engine that samples: "native", or "torch" for batch-invariant mode."""
-    return EngineSettings(
-        step=step, kv_memory_mib=64, threads=torch.get_num_threads(), limits=Limits(slots=64, tokens=128)
-    )
-
-
-def requests(asked: list[Problem], samples: int, seed: int) -> list[Request]:
-    """Samples at temperature 1: the policy itself, which the ratio of probabilities is about."""
-    return [
-        Request(
-            problem.prompt,
-            MAX_NEW_TOKENS,
-            samples,
-            Sampling(temperature=1.0, seed=seed + i),
-            frozenset({EOS}),
-        )
-        for i, problem in enumerate(asked)
-    ]
-
-
 def pretrain(folder: Path, model: PreTrainedModel, sizes: Sizes, resume: bool) -> list[dict[str, float]]:
     """Worked solutions of problems that are not judged."""
-    judged = problems(JUDGED, sizes.judged)
+    judged, first = problems(JUDGED, sizes.judged), WORKED + sizes.seed * APART
 
     def step(number: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        worked = unseen(problems(WORKED + number * sizes.pretrain_batch, sizes.pretrain_batch), judged)
+        worked = unseen(problems(first + number * sizes.pretrain_batch, sizes.pretrain_batch), judged)
         sequences = pad([p.prompt for p in worked], [solution(p) for p in worked])
         loss = -token_logprobs(model, sequences)[sequences.generated_BT].mean()
         loss.backward()
@@ -116,23 +90,28 @@ def pretrain(folder: Path, model: PreTrainedModel, sizes: Sizes, resume: bool) -
 def improve(folder: Path, model: PreTrainedModel, sizes: Sizes, resume: bool) -> list[dict[str, float]]:
     """GRPO: one point for an answer that the verifier takes, none otherwise. Samples come from the native step, whose
     log-probabilities differ from the trainer's by rounding; `mismatch` measures it."""
-    judged = problems(JUDGED, sizes.judged)
+    judged, first = problems(JUDGED, sizes.judged), PRACTISED + sizes.seed * APART
 
     def step(number: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        asked = unseen(problems(PRACTISED + number * sizes.prompts, sizes.prompts), judged)
+        seed = first + number * sizes.prompts
+        asked = unseen(problems(seed, sizes.prompts), judged)
         started = time.perf_counter()
-        rollouts = engine.generate(requests(asked, sizes.samples, PRACTISED + number * sizes.prompts))
+        rollouts = engine.generate(requests(asked, sizes.samples, seed))
         sampled = time.perf_counter()
         right = [float(solved(asked[r.request], answer(r.tokens))) for r in rollouts]
-        advantage_QN = advantages(torch.tensor(right).view(-1, sizes.samples))
-        clipped = update(model, optimizer, rollouts, advantage_QN.flatten(), sizes)
+        advantage_B = advantages(torch.tensor(right).view(-1, sizes.samples)).flatten()
+        verified = time.perf_counter()
+        clipped = update(model, optimizer, rollouts, advantage_B, sizes)
+        updated = time.perf_counter()
+        useful = [r for r, advantage in zip(rollouts, advantage_B.tolist(), strict=True) if advantage]
         return {
             "solved": sum(right) / len(right),
             "clipped": clipped,
             "rollout_s": sampled - started,
-            "update_s": time.perf_counter() - sampled,
+            "verify_s": verified - sampled,
+            "update_s": updated - verified,
             "tokens": sum(len(r.tokens) for r in rollouts),
-            **rank_loads(rollouts),
+            **rank_loads(useful or rollouts),
         }
 
     with RolloutEngine(model, settings("native")) as engine:
@@ -185,65 +164,12 @@ def rank_loads(rollouts: list[Rollout]) -> dict[str, float]:
     }
 
 
-def judge(model: PreTrainedModel, sizes: Sizes) -> dict[str, float]:
-    """Samples of problems that no stage learns from: how many are solved, at what cost."""
-    asked = problems(JUDGED, sizes.judged)
-    with RolloutEngine(model, settings("native")) as engine:
-        started, cpu = time.perf_counter(), time.process_time()
-        rollouts = engine.generate(requests(asked, sizes.votes, JUDGED))
-        wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
-    right = [[False] * sizes.votes for _ in asked]
-    ballots = [Ballot(sizes.votes) for _ in asked]
-    saved = 0
-    for r in rollouts:
-        given, ballot = answer(r.tokens), ballots[r.request]
-        right[r.request][r.sample] = solved(asked[r.request], given)
-        if ballot.decided:
-            saved += len(r.tokens)
-        else:
-            ballot.cast(r.sample, given, len(r.tokens))
-    voted = [solved(p, ballot.outcome({}).answer) for p, ballot in zip(asked, ballots, strict=True)]
-    tokens, hits = sum(len(r.tokens) for r in rollouts), sum(map(sum, right))
-    return {
-        "pass@1": hits / len(rollouts),
-        f"pass@{sizes.votes}": sum(map(any, right)) / len(asked),
-        f"vote@{sizes.votes}": sum(voted) / len(asked),
-        "tokens_saved_by_early_vote": saved / tokens,
-        "tokens_per_sample": tokens / len(rollouts),
-        "tokens_per_solved": tokens / hits if hits else math.inf,
-        "ms_per_solved": 1e3 * wall_s / hits if hits else math.inf,
-        "cpu_ms_per_token": 1e3 * cpu_s / tokens,
-        **mismatch(model, sizes),
-    }
-
-
-def mismatch(model: PreTrainedModel, sizes: Sizes) -> dict[str, float]:
-    """The largest difference between log-probabilities of rollouts and of the trainer's forward over them."""
-    asked = problems(JUDGED, min(sizes.judged, 32))
-
-    def largest(step: str) -> tuple[float, float]:
-        with RolloutEngine(model, settings(step)) as engine:
-            cpu = time.process_time()
-            rollouts = engine.generate(requests(asked, 2, JUDGED))
-            cpu = time.process_time() - cpu
-        sequences = pad([r.prompt for r in rollouts], [r.tokens for r in rollouts])
-        sampled_BT = spread(sequences, [r.logprobs for r in rollouts])
-        apart_BT = (token_logprobs(model, sequences) - sampled_BT) * sequences.generated_BT
-        return apart_BT.abs().max().item(), 1e3 * cpu / sum(len(r.tokens) for r in rollouts)
-
-    with torch.no_grad():
-        fast, _ = largest("native")
-        with BatchInvariant():
-            exact, cpu_ms = largest("torch")
-    return {"mismatch_fast": fast, "mismatch_invariant": exact, "cpu_ms_per_token_invariant": cpu_ms}
-
-
 def two_ranks(out: Path) -> dict[str, Any]:
     """The update on two ranks, with and without placement by the known routing: see recipes/two_ranks.py."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     told = out / "two_ranks.json"
     command = [*launch, "-m", "recipes.two_ranks", str(out / "grpo"), str(told)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=TWO_RANKS_S)
     return json.loads(told.read_text())
 
 
@@ -252,11 +178,13 @@ def show(report: dict[str, Any]) -> None:
     for column in ("", "before", "after"):
         table.add_column(column, justify="right" if column else "left")
     for name, before in report["before"].items():
-        table.add_row(name, f"{before:.4g}", f"{report['after'][name]:.4g}")
+        both = (before, report["after"][name])
+        table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in both))
     Console().print(table)
     ranks = report["two_ranks"]
     for way, ms in ranks["update_ms"].items():
-        Console().print(f"Update of two ranks, {way.replace('_', ' ')}: {ms:.1f} ms")
+        took = f"update {ms:.1f} ms, {ranks['ms_per_solved'][way]:.1f} ms a solved problem"
+        Console().print(f"Two ranks, {way.replace('_', ' ')}: {took}")
 
 
 def main(
@@ -265,30 +193,41 @@ def main(
     ),
     quick: Annotated[bool, typer.Option(help="A smoke test: the same in small.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, problems and samples.")] = 0,
 ) -> None:
     """Pretrain a tiny MoE on worked sums, improve it by GRPO, and report both."""
     disable_progress_bar()  # of saving; ours are by stage
-    sizes = QUICK if quick else Sizes()
-    torch.manual_seed(0)
+    started = time.perf_counter()
+    # Sums of several threads would be others, and so would all that is learnt from them.
+    torch.set_num_threads(1)
+    sizes = replace(QUICK if quick else Sizes(), seed=seed)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(model_config())
     with interruptible(out, resume):
         learnt = pretrain(out / "pretrained", model, sizes, resume)
-        before = judge(model, sizes)
+        before = judge(model, sizes.judged, sizes.votes)
         history = improve(out / "grpo", model, sizes, resume)
-    report = {
-        "machine": machine(),
-        "sizes": asdict(sizes),
-        "before": before,
-        "after": judge(model, sizes),
-        "pretrain_s": {name: sum(h[name] for h in learnt) for name in ("wall_s", "cpu_s")},
-        "pretrain_loss": learnt[-1]["loss"],
-        "grpo_s": {name: sum(h[name] for h in history) for name in ("wall_s", "cpu_s")},
-        "grpo_step": {name: fmean(h[name] for h in history) for name in history[0]},
-        "two_ranks": two_ranks(out),
-        "grpo_solved": [h["solved"] for h in history],
-    }
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        report = {
+            "machine": machine(),
+            "sizes": asdict(sizes),
+            "before": before,
+            "after": judge(model, sizes.judged, sizes.votes),
+            "pretrain_s": {name: sum(h[name] for h in learnt) for name in ("wall_s", "cpu_s")},
+            "pretrain_loss": learnt[-1]["loss"],
+            "grpo_s": {name: sum(h[name] for h in history) for name in ("wall_s", "cpu_s")},
+            "grpo_step": {name: fmean(h[name] for h in history) for name in history[0]},
+            "grpo_solved": [h["solved"] for h in history],
+        }
+        # Before what follows, which may fail.
+        write(out, report)
+        report["two_ranks"] = two_ranks(out)
+        report["this_run_s"] = time.perf_counter() - started
+        write(out, report)
     show(report)
+
+
+def write(out: Path, report: dict[str, Any]) -> None:
+    (out / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

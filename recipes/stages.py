@@ -45,12 +45,16 @@ def stage(
 ) -> list[dict[str, float]]:
     """Run step(number, optimizer) so often, with checkpoints; `folder` then holds the model, loadable by itself.
 
-    Resumed, it goes on from its last checkpoint, to the same bits: a step depends on its number only.
+    Resumed, it goes on from its last checkpoint, to the same bits: a step depends on its number only. Raises
+    BadParameter for a checkpoint of other steps or another rate.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
     history: list[dict[str, float]] = []
-    if resume and (folder / "state.pt").exists():
-        state = torch.load(folder / "state.pt", weights_only=True)
+    plan = {"steps": steps, "lr": lr}
+    if resume and _found(folder):
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        if state["plan"] != plan:
+            raise typer.BadParameter(f"{folder} is of {state['plan']}, not {plan}", param_hint="--resume")
         model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
@@ -66,8 +70,21 @@ def stage(
             name, value = next(iter(history[-1].items()))
             progress.update(bar, advance=1, description=f"{folder.name}: {name} {value:.3f}")
             if (number + 1) % CHECKPOINT_EVERY == 0 or number + 1 == steps:
-                save(folder, model, tokenizer, {"optimizer": optimizer.state_dict(), "history": history})
+                save(
+                    folder,
+                    model,
+                    tokenizer,
+                    {"plan": plan, "optimizer": optimizer.state_dict(), "history": history},
+                )
     return history
+
+
+def _found(folder: Path) -> bool:
+    """Whether there is a checkpoint; one that an interruption left beside its place is put there."""
+    for left in (folder.with_suffix(".new"), folder.with_suffix(".old")):
+        if not folder.exists() and (left / "state.pt").exists():
+            left.rename(folder)
+    return (folder / "state.pt").exists()
 
 
 def save(

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from recipes.arithmetic import MAX_NEW_TOKENS, Problem, answer, problems, solved
-from recipes.reasoning_grpo import PRACTISED, settings
+from recipes.judging import PRACTISED, settings
 from recipes.tiny import EOS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -20,10 +20,12 @@ def figures(**settings):
 
 def test_chains_are_counted_with_their_scales_and_open_pages_beside():
     # 8 layers x 4 heads x 2 x 64 numbers of 2 bytes, and 256 pages a chain.
-    assert figures() == ("bfloat16", None, 8192.0, 64, 0.0)
+    assert figures() == ("bfloat16", None, 8192.0, 64, 0.0, 64)
     coded = figures(kv_dtype="int8")
     assert coded.bytes_per_token == 4096
     assert (coded.chains, coded.open_mib) == (128, 128 * 2 * 16 * 8192 / (1 << 20))
+    # A chain's 256 pages of int8, and two of bf16, each as large as two of them.
+    assert coded.chains_with_open == 128 * 256 // 260
     assert figures(kv_dtype="int4").bytes_per_token == 2048 + 8 * 4 * (64 + 16) * 4 / 16
 
 
@@ -50,5 +52,6 @@ def test_the_rate_is_of_samples_that_pass_their_check(kv):
     ]
     solved = solve_rate(model, settings, problems)
     assert (solved.samples, solved.rate, solved.new_tokens) == (4, 0.75, 400)
+    assert solved.right == (True, True, False, True)
     assert (solved.evicted > 0) == bool(kv)
     assert solved.kv.kv_dtype == kv.get("kv_dtype", "float32")

@@ -21,6 +21,7 @@ from recipes.ledger import (
     tokens_of,
 )
 from recipes.ledger import tokenizer as ledger_tokenizer
+from recipes.long_chains import beside, verdict
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -59,6 +60,35 @@ def test_the_tokenizer_reads_what_the_problems_hold(tmp_path: Path) -> None:
     (ledger,) = ledgers(5, 1, 3)
     whole = [*ledger.prompt, *solution(ledger)]
     assert kept(" ".join(WORDS[token] for token in whole)).input_ids == whole
+
+
+def _rows(*policies: tuple[float, int, list[bool]]) -> list[dict[str, object]]:
+    """Of share, chains and what was solved."""
+    return beside(
+        [
+            {
+                "share": share, "chains_in_2_gib": chains, "chains_with_open_pages": chains, "right": right,
+                "solve_rate": sum(right) / len(right),
+            }
+            for share, chains, right in policies
+        ]
+    )  # fmt: skip
+
+
+def test_policies_are_compared_problem_by_problem() -> None:
+    all_, one_less, other = [True] * 100, [False] + [True] * 99, [True] * 98 + [False] * 2
+    rows = _rows((1.0, 10, all_), (1.0, 20, one_less), (0.5, 40, all_))
+    assert [(r["chains_ratio"], r["points_lost"], r["lost"], r["won"]) for r in rows] == [
+        (1, 0, 0, 0), (2, 1, 1, 0), (4, 0, 0, 0),
+    ]  # fmt: skip
+    assert verdict(rows) == []
+    [line] = verdict(_rows((1.0, 10, all_), (1.0, 20, other), (0.5, 40, all_)))
+    assert "keeps all holds 2 times" in line
+    [line] = verdict(_rows((1.0, 10, all_), (1.0, 20, all_), (0.5, 39, all_)))
+    assert "evicts holds 4 times" in line
+    poor = [False] * 60 + [True] * 40
+    [line] = verdict(_rows((1.0, 10, poor), (1.0, 20, poor), (0.5, 40, poor)))
+    assert "40% solved" in line
 
 
 @pytest.mark.full
