@@ -194,7 +194,7 @@ def generate(
 ) -> None:
     """Decode by each engine, beside this machine's roofs, measured in the same run.
 
-    llama.cpp is measured where `llama_cpp` and `gguf` import. Engines that FILE of --json holds are not measured again.
+    llama.cpp is measured where `llama_cpp` and `gguf` import. Cases that FILE of --json holds are not measured again.
     """
     require_json_file(json_file)
     require_vllm(vllm_python)
@@ -212,11 +212,11 @@ def generate(
         models = [Model(RANDOM, folder / RANDOM)]
         if not quick:
             models.append(Model(TRAINED, train_small(trained or folder)))
-        for more in bench_generate(models, cases, vllm_python, rows):
-            rows += more
-            show_rows(more, GENERATE_COLUMNS)
-            # After each engine: an interruption keeps what was measured, and the next call goes on from there.
+        for row in bench_generate(models, cases, vllm_python, rows):
+            rows.append(row)
+            # After each case: an interruption keeps what was measured, and the next call goes on from there.
             write_results(json_file, rows, common)
+    show_rows(rows, GENERATE_COLUMNS)
 
 
 @bench.command()

@@ -1,20 +1,24 @@
-"""One engine at a time decodes: tokens a second with all chains running, and the memory it then holds.
+"""One engine decodes one case: tokens a second with all chains running, and the memory it then holds.
 
-Each is timed once every prompt is in, over some parts of the new tokens. `generate_batch` of transformers cannot be
-stopped there: of it a run of many new tokens less a run of one is timed, both on prompts that it has not seen before.
+A run is timed once every prompt is in, in some parts of its new tokens; runs go on until so many seconds were timed,
+for a few dozen steps of one chain are over in the blink of an eye.
 """
 
+import ctypes
+import gc
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from anabranch.cli.generate_cases import (
     BATCHED,
@@ -26,83 +30,113 @@ from anabranch.cli.generate_cases import (
     entering_tokens,
     prompts_of,
 )
-from anabranch.cli.llama_decode import llama_rounds
-from anabranch.cli.roofs import higher, measure_roof
+from anabranch.cli.llama_decode import loaded
+from anabranch.errors import AnabranchError
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.pages import PAGE, pages_of
 from anabranch.scheduling.sampling import Sampling
 from anabranch.scheduling.scheduler import Limits
 from anabranch.serving.engine import Engine, EngineSettings
+from anabranch.serving.loading import load_config
 from anabranch.telemetry.memory import resident_bytes
 
 MIB = 1 << 20
-# Parts of a run: their median counts, and their spread is told.
+# Parts of a run.
 ROUNDS = 3
+# At least so many seconds are timed of each case.
+TIMED_S = 6.0
+
+# Runs a case once: when so many tokens of all chains were there, from the first of every chain on.
+Mark = tuple[float, int]
+Runner = Callable[[], list[Mark]]
 
 
 class Rate(NamedTuple):
-    """tokens_per_s: decoded, of all chains together. spread: largest over smallest of the rounds."""
+    """tokens_per_s: decoded, of all chains together, the median of so many parts. spread: their quartiles' ratio."""
 
     tokens_per_s: float
     spread: float
+    parts: int
     resident_mib: float
 
 
 def measure_rank(settings: dict[str, Any]) -> dict[str, Any]:
-    """The job of one process: the rates of `cases`, all of one engine and one dtype, each with what the machine could
-    do at most before and after it."""
-    cases = [GenerateCase.from_dict(case) for case in settings["cases"]]
-    rates, roofs = list[Rate](), [measure_roof(cases[0].dtype)]
-    for rate in ENGINES[cases[0].engine](Path(settings["model"]), cases):
-        rates.append(rate)
-        roofs.append(measure_roof(cases[0].dtype))
-    return {
-        "rates": [rate._asdict() for rate in rates],
-        "roofs": [asdict(higher(*around)) for around in pairwise(roofs)],
-    }
+    """The job of one process: the rate of one case."""
+    case = GenerateCase(**settings["case"])
+    torch.set_num_threads(os.cpu_count() or 1)
+    with ENGINES[case.engine](Path(settings["model"]), case) as run:
+        rates: list[float] = []
+        spent_s = 0.0
+        while spent_s < settings.get("timed_s", TIMED_S):
+            marks = run()
+            rates += [(n - n0) / (s - s0) for (s0, n0), (s, n) in pairwise(marks)]
+            spent_s += marks[-1][0] - marks[0][0]
+        return rate_of_parts(rates, held_mib())._asdict()
 
 
-def _ours(folder: Path, cases: list[GenerateCase]) -> Iterator[Rate]:
-    dtype = "bfloat16" if cases[0].dtype == "int8" else cases[0].dtype
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    yield from (_ours_once(folder, model, case) for case in cases)
+def rate_of_parts(rates: list[float], resident_mib: float) -> Rate:
+    """rates: tokens a second of each part."""
+    low, _, high = statistics.quantiles(rates, n=4, method="inclusive") if len(rates) > 1 else rates * 3
+    return Rate(statistics.median(rates), high / low, len(rates), resident_mib)
 
 
-def _ours_once(folder: Path, model: Any, case: GenerateCase) -> Rate:
+def held_mib() -> float:
+    """Of this process now: what it has freed goes back to the system first, which our ranks else put off."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    return resident_bytes() / MIB
+
+
+def part_of(case: GenerateCase) -> int:
+    """New tokens of a chain in one part."""
+    return max(1, case.new_tokens // ROUNDS)
+
+
+@contextmanager
+def _ours(folder: Path, case: GenerateCase) -> Iterator[Runner]:
     tokens = case.prompt_tokens + case.new_tokens + entering_tokens(case)
     prompts = prompts_of(folder, case.batch // case.samples, case.prompt_tokens)
     sampling = Sampling() if case.samples == 1 else Sampling(temperature=1.0)
     settings = EngineSettings(
         case.dtype,
         case.kv_dtype,
-        kv_memory_mib=_kv_mib(model.config, case, pages_of(tokens) * PAGE),
+        kv_memory_mib=_kv_mib(folder, case, pages_of(tokens) * PAGE),
         step="native",
+        threads=os.cpu_count(),
         limits=Limits(case.batch, CHUNK, tokens),
     )
-    with Engine(model, settings) as engine:
-        for prompt in prompts:
-            engine.submit(Request(tuple(prompt), tokens - case.prompt_tokens, case.samples, sampling))
-        while len(engine.advance()) < case.batch:
-            pass
-        part = max(1, case.new_tokens // ROUNDS)
-        rates: list[float] = []
-        for _ in range(ROUNDS):
-            began_s = time.perf_counter()
-            decoded = sum(len(engine.advance()) for _ in range(part))
-            rates.append(decoded / (time.perf_counter() - began_s))
-        return rate_of_parts(rates, resident_bytes() / MIB)
+    with Engine.from_folder(folder, settings) as engine:
+
+        def advance() -> int:
+            if engine.scheduler.idle:
+                raise AnabranchError("chains ended early")
+            return len(engine.advance())
+
+        def run() -> list[Mark]:
+            new_tokens = tokens - case.prompt_tokens
+            asked = [Request(tuple(prompt), new_tokens, case.samples, sampling) for prompt in prompts]
+            chains = [chain for request in asked for chain in engine.submit(request)]
+            while advance() < case.batch:
+                pass
+            marks = [(time.perf_counter(), 0)]
+            for _ in range(ROUNDS):
+                decoded = sum(advance() for _ in range(part_of(case)))
+                marks.append((time.perf_counter(), marks[-1][1] + decoded))
+            for chain in chains:
+                engine.cancel(chain)
+            return marks
+
+        # Prompts stay in the prefix tree: in all that is timed chains begin together, with what they were given.
+        engine.generate([Request(tuple(prompt), 1) for prompt in prompts])
+        yield run
 
 
-def _kv_mib(config: Any, case: GenerateCase, tokens: int) -> int:
+def _kv_mib(folder: Path, case: GenerateCase, tokens: int) -> int:
+    config: Any = load_config(folder)
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     width = {"float32": 4.0, "bfloat16": 2.0}.get(case.kv_dtype, 1.5)
     return int(case.batch * tokens * numbers * width) // MIB + 16
-
-
-def _transformers(folder: Path, cases: list[GenerateCase]) -> Iterator[Rate]:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=cases[0].dtype).eval()
-
-    yield from (_transformers_once(folder, model, case) for case in cases)
 
 
 class _Clock(StoppingCriteria):
@@ -116,64 +150,81 @@ class _Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _transformers_once(folder: Path, model: Any, case: GenerateCase) -> Rate:
-    ids, clock = torch.tensor(prompts_of(folder, case.batch, case.prompt_tokens)), _Clock()
-    part = max(1, case.new_tokens // ROUNDS)
-    tokens = 1 + ROUNDS * part  # the first has the prompts before it
-    model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
-        pad_token_id=0, stopping_criteria=[clock],
-    )  # fmt: skip
-    marks_s = clock.times_s[::part]
-    return rate_of_parts(
-        [case.batch * part / (end - begin) for begin, end in pairwise(marks_s)], resident_bytes() / MIB
-    )
+@contextmanager
+def _transformers(folder: Path, case: GenerateCase) -> Iterator[Runner]:
+    """Samples of a prompt are the prompt so often: it has no sharing of its own."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=case.dtype).eval()
+    prompts = prompts_of(folder, case.batch // case.samples, case.prompt_tokens)
+    ids = torch.tensor(prompts).repeat_interleave(case.samples, dim=0)
+    tokens = 1 + ROUNDS * part_of(case)  # the first has the prompts before it
+    how: dict[str, Any] = {"do_sample": True, "top_k": 0} if case.samples > 1 else {"do_sample": False}
+
+    def run() -> list[Mark]:
+        clock = _Clock()
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
+            pad_token_id=0, stopping_criteria=[clock], **how,
+        )  # fmt: skip
+        return _marks(case, clock.times_s)
+
+    yield run
 
 
-def _transformers_batch(folder: Path, cases: list[GenerateCase]) -> Iterator[Rate]:
+@contextmanager
+def _transformers_batch(folder: Path, case: GenerateCase) -> Iterator[Runner]:
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=cases[0].dtype, attn_implementation="paged|sdpa"
+        folder, dtype=case.dtype, attn_implementation="paged|sdpa"
     ).eval()
+    prompts = prompts_of(folder, case.batch, case.prompt_tokens)
+    tokens = 1 + ROUNDS * part_of(case) + entering_tokens(case)
+    config = GenerationConfig(
+        max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cuda_graph=False
+    )
+    page = 256
+    blocks = case.batch * -(-(case.prompt_tokens + tokens) // page) + 1
+    room = ContinuousBatchingConfig(page_size=page, num_blocks=blocks, max_batch_tokens=CHUNK)
 
-    def run(prompts: list[list[int]], new_tokens: int) -> None:
-        config = GenerationConfig(
-            max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cuda_graph=False
+    def run() -> list[Mark]:
+        done = model.generate_batch(
+            inputs=prompts, generation_config=config, continuous_batching_config=room, record_timestamps=True
         )
-        model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+        times_s = sorted(list(output.timestamps or ()) for output in done.values())
+        if len(times_s) != case.batch or any(len(times) < tokens for times in times_s):
+            raise AnabranchError(f"generate_batch ended with {len(times_s)} of {case.batch} chains")
+        begun_s = max(times[0] for times in times_s)
+        # From when the last chain has its first token on: of each chain the tokens since then.
+        steps_s = sorted(time_s for times in times_s for time_s in times if time_s >= begun_s)
+        return _marks(case, steps_s[:: case.batch])
 
-    yield from (_difference(folder, case, run) for case in cases)
-
-
-def _llama_cpp(folder: Path, cases: list[GenerateCase]) -> Iterator[Rate]:
-    rounds = llama_rounds(folder, cases, ROUNDS, os.cpu_count() or 1)
-    yield from (rate_of_parts(rates, resident_bytes() / MIB) for rates in rounds)
-
-
-def _difference(folder: Path, case: GenerateCase, run: Callable[[list[list[int]], int], None]) -> Rate:
-    took: dict[int, list[float]] = {1: [], case.new_tokens: []}
-    prompts = prompts_of(folder, 2 * (ROUNDS + 1) * case.batch, case.prompt_tokens)
-    for _ in range(ROUNDS + 1):
-        for new_tokens, seconds in took.items():
-            mine, prompts = prompts[: case.batch], prompts[case.batch :]
-            began_s = time.perf_counter()
-            run(mine, new_tokens)
-            seconds.append(time.perf_counter() - began_s)
-    return rate_of_runs(case, took[1], took[case.new_tokens], resident_bytes() / MIB)
+    yield run
 
 
-def rate_of_runs(case: GenerateCase, one_s: list[float], all_s: list[float], resident_mib: float) -> Rate:
-    """By what a run of all new tokens takes longer than a run of one. The first of each is a warm-up."""
-    decoded = case.batch * (case.new_tokens - 1)
-    prefill_s = statistics.median(one_s[1:])
-    return rate_of_parts([decoded / max(s - prefill_s, 1e-9) for s in all_s[1:]], resident_mib)
+def _marks(case: GenerateCase, times_s: list[float]) -> list[Mark]:
+    """times_s: when every chain had one more token."""
+    part = part_of(case)
+    return [(times_s[i * part], i * part * case.batch) for i in range(ROUNDS + 1)]
 
 
-def rate_of_parts(rates: list[float], resident_mib: float) -> Rate:
-    """rates: tokens a second of each part."""
-    return Rate(statistics.median(rates), max(rates) / min(rates), resident_mib)
+@contextmanager
+def _llama_cpp(folder: Path, case: GenerateCase) -> Iterator[Runner]:
+    prompts = prompts_of(folder, case.batch, case.prompt_tokens)
+    with loaded(folder, case.dtype, os.cpu_count() or 1) as model, ExitStack() as running:
+
+        def run() -> list[Mark]:
+            running.close()
+            # Open until the next run, or until its memory was looked at.
+            steps = running.enter_context(closing(model.decode(case, prompts)))
+            next(steps)
+            times_s = [time.perf_counter()]
+            for _ in range(ROUNDS * part_of(case)):
+                next(steps)
+                times_s.append(time.perf_counter())
+            return _marks(case, times_s)
+
+        yield run
 
 
-ENGINES: dict[str, Callable[[Path, list[GenerateCase]], Iterator[Rate]]] = {
+ENGINES: dict[str, Callable[[Path, GenerateCase], AbstractContextManager[Runner]]] = {
     OURS: _ours,
     TRANSFORMERS: _transformers,
     BATCHED: _transformers_batch,

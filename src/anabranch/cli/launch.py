@@ -37,6 +37,14 @@ LOST_PEER = (
 LONGER = ". Raise timeout_s where a rank may take longer"
 TIMED_OUT = ("Timed out waiting", "timed out", "Timeout")
 
+# glibc returns every freed tensor of some MB to the system and faults its pages in again at the next use: a tenth of a
+# CPU step (docs/log.md). Let it keep them.
+KEEPS_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
+
 
 def launch(job: str, settings: dict[str, Any], ranks: int, *, timeout_s: int = 600) -> dict[str, Any]:
     """Run `job` on `ranks` processes and return what rank 0 wrote as its result.
@@ -73,11 +81,7 @@ def _rank_environment(ranks: int) -> dict[str, str]:
     return {
         # No more threads than cores: with more, OpenMP stalls in 64 ms steps.
         "OMP_NUM_THREADS": str(max(1, usable_cores() // ranks)),
-        # glibc returns every freed tensor of some MB to the system and faults its pages in again at the next
-        # use: a tenth of a CPU step (docs/log.md). Let it keep them.
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-        "MALLOC_TOP_PAD_": str(1 << 28),
+        **KEEPS_MEMORY,
         # All ranks are on this machine; else gloo looks up the host's name, which may have no address.
         **loopback,
     }

@@ -2,9 +2,8 @@
 
 import re
 import tempfile
-import time
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from anabranch.cli.generate_cases import CHUNK, GenerateCase, prompts_of
+from anabranch.cli.generate_cases import CHUNK, GenerateCase
 from anabranch.errors import AnabranchError, ConfigError
+from anabranch.serving.loading import load_config
 
 # Of matrices; norms and routers stay in fp32. Keys and values of the narrower ones are fp16, its own default.
 FORMATS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
@@ -104,7 +104,12 @@ class LlamaModel:
         asked.n_threads = asked.n_threads_batch = self.threads
         if case.dtype == "float32":
             asked.type_k = asked.type_v = lib.GGML_TYPE_F32
-        context, batch = lib.llama_init_from_model(self.model, asked), lib.llama_batch_init(CHUNK, 0, 1)
+        # Else every chain looks through the cells of all.
+        asked.kv_unified = False
+        context = lib.llama_init_from_model(self.model, asked)
+        if not context:
+            raise AnabranchError(f"llama.cpp has no room for {len(prompts)} chains of {length} tokens")
+        batch = lib.llama_batch_init(CHUNK, 0, 1)
         try:
             last: list[int] = []
             for chain, prompt in enumerate(prompts):
@@ -133,20 +138,11 @@ class LlamaModel:
         return logits_WV.argmax(axis=1).tolist()
 
 
-def llama_rounds(folder: Path, cases: list[GenerateCase], rounds: int, threads: int) -> Iterator[list[float]]:
-    """Of each case the tokens a second of all chains, in so many parts of its new tokens. All cases have one dtype."""
-    vocab = AutoModelForCausalLM.from_pretrained(folder).config.vocab_size
+@contextmanager
+def loaded(folder: Path, dtype: str, threads: int) -> Iterator[LlamaModel]:
+    """The folder's model in llama.cpp's format, which it maps from a temporary file."""
     with tempfile.TemporaryDirectory(prefix="anabranch-gguf-") as name:
         file = Path(name) / "model.gguf"
-        write_gguf(folder, file, cases[0].dtype)
-        with closing(LlamaModel(file, vocab, threads)) as model:
-            for case in cases:
-                steps = model.decode(case, prompts_of(folder, case.batch, case.prompt_tokens))
-                next(steps)
-                part, rates = max(1, case.new_tokens // rounds), list[float]()
-                for _ in range(rounds):
-                    began_s = time.perf_counter()
-                    decoded = sum(len(next(steps)) for _ in range(part))
-                    rates.append(decoded / (time.perf_counter() - began_s))
-                steps.close()
-                yield rates
+        write_gguf(folder, file, dtype)
+        with closing(LlamaModel(file, load_config(folder).vocab_size, threads)) as model:
+            yield model

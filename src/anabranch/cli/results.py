@@ -36,7 +36,10 @@ def write_results(
     content = json.dumps({"machine": {**machine(), **(about or {})}, "rows": rows, **more}, indent=1)
     try:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(content)
+        # Whole or not at all: an interrupted run goes on from what is there.
+        beside = json_file.with_name(f".{json_file.name}.new")
+        beside.write_text(content)
+        beside.replace(json_file)
     except OSError as error:
         raise ConfigError(f"{json_file} cannot be written ({error.strerror})", setting="json") from error
 
