@@ -14,6 +14,7 @@ from anabranch.cli.bench_generate import (
     about_generate,
     bench_generate,
     held_rows,
+    line_of,
     require_vllm,
     train_small,
 )
@@ -26,7 +27,9 @@ from anabranch.cli.cluster_grid import MODEL, Measuring, cases_of_model, full_gr
 from anabranch.cli.cluster_verdict import verdict
 from anabranch.cli.fail import fails_clearly
 from anabranch.cli.generate_cases import (
+    QUICK_S,
     RANDOM,
+    TIMED_S,
     TRAINED,
     full_cases,
     llama_cases,
@@ -36,7 +39,7 @@ from anabranch.cli.generate_cases import (
 )
 from anabranch.cli.launch import launch
 from anabranch.cli.llama_decode import have_llama
-from anabranch.cli.process import refuse_torchrun, usable_cores
+from anabranch.cli.process import refuse_torchrun, say, usable_cores
 from anabranch.cli.results import require_json_file, show_rows, write_results
 from anabranch.cli.skew_grid import skew
 from anabranch.errors import ConfigError, TraceError
@@ -212,8 +215,9 @@ def generate(
         models = [Model(RANDOM, folder / RANDOM)]
         if not quick:
             models.append(Model(TRAINED, train_small(trained or folder)))
-        for row in bench_generate(models, cases, vllm_python, rows):
+        for row in bench_generate(models, cases, vllm_python, tuple(rows), QUICK_S if quick else TIMED_S):
             rows.append(row)
+            say(line_of(row))
             # After each case: an interruption keeps what was measured, and the next call goes on from there.
             write_results(json_file, rows, common)
     show_rows(rows, GENERATE_COLUMNS)

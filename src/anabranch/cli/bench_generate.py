@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anabranch.cli.cluster_book import comparable, rows_of
-from anabranch.cli.generate_cases import TRAINED, VLLM, GenerateCase, Sizes, fit, sizes_of
+from anabranch.cli.generate_cases import TIMED_S, TRAINED, VLLM, GenerateCase, Sizes, fit, sizes_of
 from anabranch.cli.generate_engines import Rate
 from anabranch.cli.launch import launch
 from anabranch.cli.process import say
@@ -52,12 +52,13 @@ def bench_generate(
     cases: list[GenerateCase],
     vllm_python: Path | None,
     held: Sequence[dict[str, Any]] = (),
+    timed_s: float = TIMED_S,
 ) -> Iterator[dict[str, Any]]:
     """A row a case, as it is measured, in a process of its own; engines at one size one after the other, for what a
     shared machine can do changes within minutes. Therefore roofs, too, are measured before and after each.
 
-    held: rows of an interrupted run, not measured again. An engine that fails is told, and what is left is measured all
-    the same; then AnabranchError is raised.
+    held: rows of an interrupted run, not measured again. timed_s: seconds timed of each case, at least. An engine that
+    fails is told, and what is left is measured all the same; then AnabranchError is raised.
     """
     failed: list[str] = []
     for model in models:
@@ -74,7 +75,7 @@ def bench_generate(
                         if case.engine == VLLM and vllm is None:
                             assert vllm_python is not None
                             vllm = stack.enter_context(VllmProcess(vllm_python, model.folder, theirs))
-                        yield _row(model, sizes, case, _measured(model.folder, case, vllm))
+                        yield _row(model, sizes, case, _measured(model.folder, case, vllm, timed_s))
                     except AnabranchError as error:
                         failed.append(f"{model.name}, {case}: {error}")
                         say(f"failed: {failed[-1]}")
@@ -91,15 +92,16 @@ def _size(case: GenerateCase) -> tuple[Any, ...]:
     return case.prompt_tokens, case.batch, case.samples, case.new_tokens > 1000, case.engine
 
 
-def _measured(folder: Path, case: GenerateCase, vllm: VllmProcess | None) -> Measured:
+def _measured(folder: Path, case: GenerateCase, vllm: VllmProcess | None, timed_s: float) -> Measured:
+    settings = {"model": str(folder), "case": asdict(case), "timed_s": timed_s}
     found: list[Measured] = []
     while not found or (found[-1].stolen > STOLEN and len(found) < ATTEMPTS):
         steal, before = Steal(), measure_roof(case.dtype)
         if case.engine == VLLM:
             assert vllm is not None
-            rate = vllm.measure(case)
+            rate = vllm.measure(case, timed_s)
         else:
-            rate = Rate(**launch("measure_generate", {"model": str(folder), "case": asdict(case)}, 1))
+            rate = Rate(**launch("measure_generate", settings, 1))
         found.append(Measured(rate, higher(before, measure_roof(case.dtype)), steal.part()))
     return min(found, key=lambda measured: measured.stolen)
 
@@ -118,6 +120,12 @@ def held_rows(json_file: Path | None, quick: bool) -> list[dict[str, Any]]:
 def about_generate(quick: bool) -> dict[str, Any]:
     """What rows of one file have in common."""
     return comparable({"quick": quick}, ENTRIES)
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row in short, for people who wait."""
+    size = f"{row['model']}, {row['dtype']}, batch {row['batch']}, prompt {row['prompt_tokens']}"
+    return f"{row['engine']}: {row['tokens_per_s']} tokens/s, {row['roof_fraction']:.0%} of the roof ({size})"
 
 
 def _row(model: Model, sizes: Sizes, case: GenerateCase, measured: Measured) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import select
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from anabranch.cli.generate_cases import GenerateCase, entering_tokens, prompts_of
-from anabranch.cli.generate_engines import ROUNDS, TIMED_S, Rate, rate_of_parts
+from anabranch.cli.generate_engines import ROUNDS, Rate, rate_of_parts
 from anabranch.cli.launch import KEEPS_MEMORY
 from anabranch.errors import AnabranchError
 
@@ -45,11 +46,10 @@ class VllmProcess:
         }
 
     def __enter__(self) -> "VllmProcess":
-        try:
+        with ExitStack() as failing:
+            failing.callback(self.close)
             self._ask(self._job)
-        except BaseException:
-            self.close()
-            raise
+            failing.pop_all()
         return self
 
     def __exit__(
@@ -57,12 +57,12 @@ class VllmProcess:
     ) -> None:
         self.close()
 
-    def measure(self, case: GenerateCase) -> Rate:
-        """Its rate, in so many parts as ours."""
+    def measure(self, case: GenerateCase, timed_s: float) -> Rate:
+        """Its rate, over as many seconds and in such parts as ours."""
         prompts = prompts_of(self._folder, case.batch // case.samples, case.prompt_tokens)
         most_tokens = case.new_tokens + entering_tokens(case)
         asked = {
-            **asdict(case), "most_tokens": most_tokens, "prompts": prompts, "rounds": ROUNDS, "timed_s": TIMED_S,
+            **asdict(case), "most_tokens": most_tokens, "prompts": prompts, "rounds": ROUNDS, "timed_s": timed_s,
         }  # fmt: skip
         answer = self._ask(asked)
         return rate_of_parts(answer["rates"], answer["resident_mib"])
