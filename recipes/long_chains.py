@@ -16,7 +16,17 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from recipes.ledger import Ledger, ledgers, model_config, solution, solved, tokenizer, tokens_of
+from recipes.ledger import (
+    ACCOUNTS,
+    Ledger,
+    ledgers,
+    model_config,
+    sharpen,
+    solution,
+    solved,
+    tokenizer,
+    tokens_of,
+)
 from recipes.stages import descend, interruptible, machine, stage
 from rich.console import Console
 from rich.table import Table
@@ -40,11 +50,13 @@ JUDGED, WORKED = 0, 10_000_000
 
 
 class Lesson(NamedTuple):
-    """So many steps on batches of ledgers of so many accounts."""
+    """So many steps on batches of ledgers of so many accounts, all of the first `numbers`: to look one up is learnt sooner
+    where few are to be told apart."""
 
     steps: int
     accounts: int
     batch: int
+    numbers: int = ACCOUNTS
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class Sizes:
     """lessons: one after the other, at falling rates of one schedule. judged: problems, of the last lesson's size."""
 
     lessons: tuple[Lesson, ...] = (
-        Lesson(1600, 8, 64), Lesson(200, 16, 48), Lesson(250, 48, 24), Lesson(250, 120, 10), Lesson(500, 444, 3)
+        Lesson(1000, 8, 64, 40), Lesson(300, 16, 48, 160), Lesson(250, 48, 24), Lesson(250, 120, 10), Lesson(500, 444, 3)
     )  # fmt: skip
     lr: float = 1e-3
     judged: int = 200
@@ -83,7 +95,7 @@ def train(folder: Path, model: PreTrainedModel, sizes: Sizes, resume: bool) -> l
 
     def step(number: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         lesson = plan[number]
-        worked = ledgers(WORKED + 1000 * number, lesson.batch, lesson.accounts)
+        worked = ledgers(WORKED + 1000 * number, lesson.batch, lesson.accounts, lesson.numbers)
         padded = pad([ledger.prompt for ledger in worked], [solution(ledger) for ledger in worked])
         sequences = Sequences(*(part.to(model.device) for part in padded))
         loss = -token_logprobs(model, sequences)[sequences.generated_BT].mean()
@@ -186,6 +198,7 @@ def main(
     sizes = QUICK if quick else Sizes()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config()).to(device())
+    sharpen(model)
     told = out / "report.json"
     with interruptible(out, resume):
         learnt = train(out / "model", model, sizes, resume)
