@@ -97,9 +97,9 @@ def model_config() -> Qwen3MoeConfig:
 def sharpen(model: PreTrainedModel) -> None:
     """Let attention pick one token of thousands from the start.
 
-    Queries and keys are normalised here, to a length that their norms' weights set. At 1, the usual beginning, a score is at
-    most sqrt(32), and e^5.7 is 290: one token of 4,000 cannot draw more than a fifteenth. An optimizer that moves every
-    weight by 0.001 a step takes a thousand steps to where a look-up is possible at all.
+    Queries and keys are normalised here, to a length that their norms' weights set. At 1, the usual beginning, a score
+    is at most sqrt(32), and e^5.7 is 290: one token of 4,000 cannot draw more than a fifteenth. An optimizer that moves
+    every weight by 0.001 a step takes a thousand steps to where a look-up is possible at all.
     """
     for name, weights in model.named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")):

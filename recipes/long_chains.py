@@ -50,8 +50,8 @@ JUDGED, WORKED = 0, 10_000_000
 
 
 class Lesson(NamedTuple):
-    """So many steps on batches of ledgers of so many accounts, all of the first `numbers`: to look one up is learnt sooner
-    where few are to be told apart."""
+    """So many steps on batches of ledgers of so many accounts, all of the first `numbers`: to look one up is learnt
+    sooner where few are to be told apart."""
 
     steps: int
     accounts: int
@@ -64,7 +64,8 @@ class Sizes:
     """lessons: one after the other, at falling rates of one schedule. judged: problems, of the last lesson's size."""
 
     lessons: tuple[Lesson, ...] = (
-        Lesson(1000, 8, 64, 40), Lesson(300, 16, 48, 160), Lesson(250, 48, 24), Lesson(250, 120, 10), Lesson(500, 444, 3)
+        Lesson(1000, 8, 64, 40), Lesson(300, 16, 48, 160), Lesson(250, 48, 24), Lesson(250, 120, 10),
+        Lesson(500, 444, 3),
     )  # fmt: skip
     lr: float = 1e-3
     judged: int = 200
