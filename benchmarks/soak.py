@@ -48,7 +48,7 @@ PROMPTS, LONGEST, LENGTHS = 64, 96, (4, 24, 96)
 # A prompt whose two most probable tokens are nearly alike somewhere is no test: rounding may decide.
 MARGIN = 1e-3
 QUARTERS, START_S, REST_S = 4, 180, 60
-# Memory may grow by so much between the first quarter after the kill and the end.
+# Memory may grow by so much over the last quarter: before that the new worker still fills what it keeps.
 GROWTH, GROWTH_MIB = 0.01, 4
 # The quarter in which the worker is killed.
 KILL = 1
@@ -151,7 +151,7 @@ def verdict(row: dict[str, Any]) -> list[str]:
     found += [f"no chain was {name}" for name in ("preempted", "cancelled") if not row[name]]
     for name in ("worker", "front"):
         memory = row[f"{name}_mib"]
-        if memory[KILL + 1 :] and memory[-1] > memory[KILL + 1] * (1 + GROWTH) + GROWTH_MIB:
+        if memory[KILL + 2 :] and memory[-1] > memory[-2] * (1 + GROWTH) + GROWTH_MIB:
             found.append(f"memory of the {name} grew: {memory} MiB")
     if row["restarts"] != 1:
         found.append(f"{row['restarts']} workers were replaced, one was killed")

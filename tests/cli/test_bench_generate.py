@@ -22,6 +22,7 @@ from anabranch.cli.generate_cases import (
     VLLM,
     GenerateCase,
     full_cases,
+    llama_cases,
     quick_cases,
     vllm_cases,
 )
@@ -154,6 +155,10 @@ def test_cases_are_distinct_and_cover_what_is_promised() -> None:
     assert {case.prompt_tokens for case in full} == {128, 1024}
     assert {case.dtype for case in full} == {"bfloat16", "float32", "int8"}
     assert max(case.new_tokens for case in full) == 4096 and any(case.samples == 8 for case in full)
+    theirs = [case for case in full_cases() if case.engine == TRANSFORMERS]
+    assert any(case.samples == 8 for case in theirs) and max(case.new_tokens for case in theirs) == 4096
+    llama = llama_cases(full_cases())
+    assert {case.kv_dtype for case in llama} == {"float16", "float32"} and len(set(llama)) == len(llama)
     assert all(case.engine == VLLM and case.dtype != "int8" for case in vllm_cases(full_cases()))
 
 
