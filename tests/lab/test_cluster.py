@@ -87,19 +87,18 @@ def test_the_kernel_holds_the_quotas(lab):
 
 
 def test_links_deliver_what_was_set(lab):
-    """The best of three: what others take of the host, half a second of a link cannot make up for."""
-    found = [list(check(lab, seconds=0.5)) for _ in range(3)]
-    assert [(one.kind, one.where) for one in found[0]] == [
+    # Long beside the pauses of a busy host: half a second once saw 143 of 200 Mbit/s.
+    found = list(check(lab, seconds=2.0))
+    assert [(one.kind, one.where) for one in found] == [
         ("inter", "0>1"), ("inter", "1>0"), ("both_ways", "0>1"), ("both_ways", "1>0"),
         ("intra", "node 0"), ("intra", "node 1"), *(("cpu", f"rank {rank}") for rank in range(4)),
     ]  # fmt: skip
-    for times in zip(*found, strict=True):
-        for one in times:
-            assert one.set is not None
-            assert one.delivered <= 1.1 * one.set, one
-            assert one.percent == pytest.approx(100 * one.delivered / one.set, abs=0.2)
-        if times[0].kind in ("inter", "both_ways"):
-            assert max(one.percent for one in times) >= 75, times
+    for one in found:
+        assert one.set is not None and one.percent is not None
+        assert one.delivered <= 1.1 * one.set, one
+        if one.kind in ("inter", "both_ways"):
+            assert one.delivered >= 0.75 * one.set, one
+        assert one.percent == pytest.approx(100 * one.delivered / one.set, abs=0.2)
 
 
 def test_a_second_command_and_one_that_takes_too_long(lab, tmp_path):
