@@ -6,13 +6,15 @@ from typing import NamedTuple
 import numpy as np
 
 from anabranch.cli.cluster_rows import AUTO, IDEAL, TRANSFORMERS, Policy
+from anabranch.cli.cluster_verdict import ratios_to_best
 
 # A policy beyond this part of the best fixed one's time after so many rounds is measured no further.
-FAR = {1: 1.6, 2: 1.25}
+FAR = {1: 1.4, 2: 1.25, 3: 1.15, 4: 1.12, 5: 1.1}
 NEAR = 1.08
-LEAST = 3
-# Whose steps take longest is measured no more often than this, once its ratio is clear: bursts come every fourth round.
-ENOUGH = 8
+# Of a cell. Halves of three rounds, which the verdict compares, are a single one and two: 1.105 was once told so.
+LEAST = 6
+# Rows that no limit is about run so often: lossy ones, which are there for their bytes, and the ideal.
+LOSSY_ROUNDS, IDEAL_ROUNDS = 2, 3
 # What a cell has to show: the time of `auto` over that of transformers, and over that of the best fixed choice.
 THEIRS, BEST = 1.02, 1.05
 # A ratio is clear where it is this many standard errors below its limit, or below it and known within SETTLED. One
@@ -31,11 +33,11 @@ class Record(NamedTuple):
 def next_round(records: Mapping[Policy, Record], most: int) -> list[Policy]:
     """Who is measured in the next round; none where the cell is clear, or after `most` rounds.
 
-    One that was left out never returns, so two policies share their rounds as far as both have some. Everybody runs
-    twice, except who takes far more than the best fixed policy; then those within FAR of it, and from LEAST
-    rounds on those within NEAR, `auto`, and transformers as long as they are not clearly slower. Of fixed policies
-    that ran the same program twice only the first goes on. The ideal runs LEAST times; lossy rows, which are there
-    for their bytes, twice.
+    One that was left out never returns, so two policies share their rounds as far as both have some. After each
+    round those within FAR of the best fixed policy go on, after the last round that FAR names those within NEAR;
+    and `auto`, and transformers as long as they are not clearly slower, LEAST rounds at least. Of fixed policies
+    that ran the same program twice only the first goes on. The cell is clear, after LEAST rounds, where the figures
+    that the verdict will tell of it are.
     """
     rounds = max(len(record.step_ms) for record in records.values())
     still = [policy for policy, record in records.items() if len(record.step_ms) == rounds]
@@ -62,18 +64,20 @@ def _goes_on(records: Mapping[Policy, Record], policy: Policy, rounds: int, best
     if policy.name == AUTO:
         return True
     if policy.name == TRANSFORMERS:
-        return rounds < ENOUGH or not _clear_of_theirs(records)
+        return rounds < LEAST or not _clear_of_theirs(records)
     if policy.codec != "none":
-        return rounds < 2
+        return rounds < LOSSY_ROUNDS
     if policy.name == IDEAL:
-        return rounds < LEAST
+        return rounds < IDEAL_ROUNDS
     return float(np.median(_ratios(records[policy], records[best]))) <= FAR.get(rounds, NEAR)
 
 
 def _clear_of_limits(records: Mapping[Policy, Record], best: Policy) -> bool:
     auto = _named(records, AUTO)
     found = auto.program == records[best].program  # it runs the best choice itself
-    return _clear_of_theirs(records) and _clear(_ratios(auto, records[best]), BEST, 0.0 if found else SURE)
+    rivals = [records[policy].step_ms for policy in filter(is_rival, records)]
+    ratios = ratios_to_best(auto.step_ms, rivals)
+    return _clear_of_theirs(records) and _clear(ratios, BEST, 0.0 if found else SURE)
 
 
 def _clear_of_theirs(records: Mapping[Policy, Record]) -> bool:

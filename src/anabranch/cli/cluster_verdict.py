@@ -59,6 +59,22 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     )
 
 
+def ratios_to_best(own_ms: Sequence[float], fixed_ms: Sequence[Sequence[float]]) -> np.ndarray:
+    """auto's times over those of the best fixed choice, one for each round that `own_ms` has. Two at least.
+
+    The best is chosen by the other half of the rounds than those it is compared in: the smallest of a dozen noisy
+    medians is smaller than any of them truly is. Those measured in fewer rounds than auto were clearly slower.
+    """
+    own = np.array(own_ms)
+    times = np.array([rounds for rounds in fixed_ms if len(rounds) == own.size])
+    ratios: list[float] = []
+    for half in (slice(0, None, 2), slice(1, None, 2)):
+        others = np.delete(times, np.arange(own.size)[half], axis=1)
+        best = int(np.median(others, axis=1).argmin())
+        ratios += (own[half] / times[best][half]).tolist()
+    return np.array(ratios)
+
+
 def print_cells(rows: Sequence[Row]) -> None:
     """A line for each cell: how `auto` did beside transformers and beside the best fixed choice."""
     table = Table()
@@ -90,7 +106,8 @@ def print_explained(rows: Sequence[Row]) -> None:
 
 
 class _Cell(NamedTuple):
-    """One lab and one workload. best: the fastest fixed lossless row; to_best: auto's time over its.
+    """One lab and one workload. best: the fastest fixed lossless row; to_best: auto's time over the best one's, the
+    median of `ratios_to_best`.
 
     int8_bytes: between nodes, of the row in int8; 0 without one, and where guests' weights travelled besides.
     """
@@ -114,20 +131,5 @@ def _cell(rows: list[Row]) -> _Cell:
     fixed = [r for r in rows if r["policy"] not in ("auto", "ideal") and r["codec"] == "none"]
     best = min(fixed, key=lambda row: row["step_ms_median"])
     int8_bytes = sum(row["inter_bytes"] for row in rows if row["codec"] == "int8" and not row["guests"])
-    return _Cell(auto, theirs, best, _to_best(auto, fixed), int8_bytes)
-
-
-def _to_best(auto: Row, fixed: list[Row]) -> float:
-    """auto's time over that of the best fixed choice, median over rounds.
-
-    The best is chosen by the other half of the rounds than those it is compared in: the smallest of a dozen noisy
-    medians is smaller than any of them truly is. Those measured in fewer rounds than auto were clearly slower.
-    """
-    own = np.array(auto["step_ms_rounds"])
-    times = np.array([row["step_ms_rounds"] for row in fixed if len(row["step_ms_rounds"]) == own.size])
-    ratios: list[float] = []
-    for half in (slice(0, None, 2), slice(1, None, 2)):
-        others = np.delete(times, np.arange(times.shape[1])[half], axis=1)
-        best = int(np.median(others, axis=1).argmin())
-        ratios += (own[half] / times[best][half]).tolist()
-    return float(np.median(ratios))
+    to_best = ratios_to_best(auto["step_ms_rounds"], [row["step_ms_rounds"] for row in fixed])
+    return _Cell(auto, theirs, best, float(np.median(to_best)), int8_bytes)
