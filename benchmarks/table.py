@@ -1,4 +1,6 @@
-"""Print the README's tables from benchmark files: `python benchmarks/table.py KIND FILE`, KIND of `TABLES`.
+"""Print the README's tables from benchmark files: `python benchmarks/table.py KIND FILE...`, KIND of `TABLES`.
+
+Only a grid of clusters may be of several files, each of one machine.
 
 `tests/test_readme.py` holds the README to exactly this output for the committed results.
 """
@@ -88,18 +90,19 @@ def published_memory_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def cluster_table(result: dict[str, Any]) -> str:
+def cluster_table(*results: dict[str, Any]) -> str:
     """What `auto` does beside transformers and the best fixed choice: a line for each lab, and the whole grid."""
+    rows = [row for result in results for row in result["rows"]]
     lines = [
         "| nodes x ranks | between nodes, Mbit/s | cells | of transformers' time, worst "
         "| of the best fixed choice's, worst | speed-up, median where max/mean >= 1.5 | prediction error, median, % |",
         "|---|---|---|---|---|---|---|",
     ]
-    found = {(row["topology"], row["inter_mbit"]) for row in result["rows"]}
+    found = {(row["topology"], row["inter_mbit"]) for row in rows}
     labs = sorted(found, key=lambda lab: (lab[0], lab[1] or 1e9))
     named = {(shape, f"{mbit:,.0f}" if mbit else "unshaped"): (shape, mbit) for shape, mbit in labs}
     for (shape, link), lab in {**named, ("**all**", ""): None}.items():
-        told = verdict([r for r in result["rows"] if lab in (None, (r["topology"], r["inter_mbit"]))])
+        told = verdict([r for r in rows if lab in (None, (r["topology"], r["inter_mbit"]))])
         worst = f"{told.worst_vs_transformers:.2f} | {told.worst_vs_best_fixed:.2f}"
         lines.append(
             f"| {shape} | {link} | {told.cells} | {worst} | {told.median_speedup:.2f} | "
@@ -181,10 +184,11 @@ TABLES = {
 }
 
 
-def tables(kind: str, file: Path) -> str:
-    return TABLES[kind](json.loads(file.read_text()))
+def tables(kind: str, *files: Path) -> str:
+    return TABLES[kind](*(json.loads(file.read_text()) for file in files))
 
 
 if __name__ == "__main__":
-    print(machine_line(json.loads(Path(sys.argv[2]).read_text())))
-    print(tables(sys.argv[1], Path(sys.argv[2])))
+    given = [Path(name) for name in sys.argv[2:]]
+    print("\n".join(dict.fromkeys(machine_line(json.loads(file.read_text())) for file in given)))
+    print(tables(sys.argv[1], *given))
