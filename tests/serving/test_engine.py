@@ -267,6 +267,9 @@ def test_smallest_temperature_is_greedy() -> None:
         ("qwen3_next", {}, "linear_attention"),
         ("lfm2_moe", {"layer_types": ["conv", "full_attention"]}, "conv"),
         ("deepseek_v3", {}, "latent attention"),
+        ("gpt_oss", {"layer_types": ["sliding_attention", "full_attention"]}, "tokens: .* last 128 tokens"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 2}, "attention sinks"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "capped scores"),
     ],
 )
 def test_models_that_pages_cannot_hold_are_refused(family: str, sizes: dict[str, Any], why: str) -> None:
@@ -274,6 +277,21 @@ def test_models_that_pages_cannot_hold_are_refused(family: str, sizes: dict[str,
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=2, **sizes))
     with pytest.raises(ConfigError, match=why):
         Engine(model, EngineSettings(threads=1, kv_memory_mib=1))
+
+
+@pytest.mark.parametrize("step", ["torch", "native"])
+def test_a_sliding_window_holds_whole_chains_or_is_refused(step: str) -> None:
+    model = copy.deepcopy(toy_decoder("mistral"))
+    model.config.sliding_window = 64
+    for layer in model.model.layers:  # what a model made of this configuration passes on
+        layer.self_attn.config.sliding_window = 64
+    with pytest.raises(ConfigError, match="tokens: its layers attend to the last 64"):
+        Engine(model, EngineSettings(threads=1, step=step, limits=Limits(tokens=65)))
+    with Engine(
+        model, EngineSettings(kv_memory_mib=8, threads=1, step=step, limits=Limits(tokens=64))
+    ) as made:
+        (done,) = made.generate([Request(PROMPTS[0], 20)])
+    assert done.tokens == greedy("mistral", PROMPTS[0], 20)
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])

@@ -119,8 +119,6 @@ def read_decoder(model: PreTrainedModel, fill: Callable[[Any, str], Any] | None 
     family = config.model_type
     _require(family in FAMILIES, f"family {family!r} is not one of {', '.join(FAMILIES)}")
     _require(config.hidden_act == "silu", f"activation {config.hidden_act!r} is not silu")
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    _require(not windowed, "sliding-window attention")
     _require(getattr(config, "clip_qkv", None) is None, "clipped queries, keys and values")
     _require(
         config.rope_parameters.get("rope_type") not in LENGTH_DEPENDENT,

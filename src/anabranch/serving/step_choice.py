@@ -20,6 +20,8 @@ from anabranch.serving.step.torch_step import TorchStep
 from anabranch.serving.store.arena import ExpertStore
 from anabranch.serving.store.checkpoint import Checkpoint
 
+SLIDING = "sliding_attention"
+
 
 class Chosen(NamedTuple):
     """why_not_native: where the C++ step was wanted and transformers' modules stand in for it."""
@@ -41,6 +43,7 @@ def choose_step(
 
     Raises ConfigError and BuildError where the wanted step is not to be had.
     """
+    _require_whole_attention(model, limits.tokens)
     if checkpoint is not None:
         return Chosen(_step_with_store(model, weights, pools, settings, limits, checkpoint))
     wants, why_not_native = settings.step, None
@@ -66,11 +69,29 @@ def choose_step(
         raise ConfigError(f"{error}; the native step is not to be had: {why_not_native}") from error
 
 
+def _require_whole_attention(model: PreTrainedModel, tokens: int) -> None:
+    """What no step computes: windows shorter than chains, and scores that are changed before the softmax."""
+    config: Any = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    slides = getattr(config, "use_sliding_window", True) and (kinds is None or SLIDING in kinds)
+    window = getattr(config, "sliding_window", None) if slides else None
+    if window is not None and window < tokens:
+        raise ConfigError(
+            f"its layers attend to the last {window} tokens, which is computed for no longer chains; give at most that "
+            "many",
+            setting="tokens",
+        )
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if capped or any(hasattr(module, "sinks") for module in model.modules()):
+        what = "capped scores" if capped else "attention sinks"
+        raise ConfigError(f"its attention has {what}, which are not computed", setting="model")
+
+
 def _require_only_attention(model: PreTrainedModel, tokens: int) -> None:
     """What transformers' modules compute over our pages: attention to all tokens before. Raises ConfigError for layers
     that remember otherwise, and for what would depend on the chains beside a chain."""
     config: Any = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", SLIDING}
     if tokens <= (getattr(config, "attention_chunk_size", None) or 0):
         kinds -= {"chunked_attention"}  # as long as there is one chunk
     if kinds or getattr(model, "_is_stateful", False):

@@ -160,6 +160,31 @@ def test_a_refusal_arrives_although_the_body_was_not_wanted(tight_server):
             assert connection.recv(100).startswith(b"HTTP/1.1 415")
 
 
+@pytest.mark.full  # the server waits for a minute
+def test_who_sends_its_body_too_slowly_loses_the_connection(tight_server):
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {tight_server.key}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+    )
+    port, got = int(tight_server.url.rsplit(":", 1)[1]), b""
+    with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+        connection.sendall(head.encode())
+        for _ in range(75):
+            try:
+                connection.sendall(b" ")
+                piece = connection.recv(4096)
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+            got += piece
+            if not piece:
+                break
+        else:
+            pytest.fail("still connected")
+    assert got.startswith(b"HTTP/1.1 408")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

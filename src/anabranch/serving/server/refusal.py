@@ -30,5 +30,7 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """The whole answer, where none has begun."""
-        retry = {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
-        return JSONResponse(self.body, self.status, headers=retry)
+        headers = {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
+        if self.status == 408:  # what else comes on this connection would be the rest of the body
+            headers["Connection"] = "close"
+        return JSONResponse(self.body, self.status, headers=headers)

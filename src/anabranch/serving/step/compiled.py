@@ -20,7 +20,7 @@ from anabranch.scheduling.pages import pages_of
 from anabranch.scheduling.scheduler import Limits
 from anabranch.serving.pools import KvShape
 from anabranch.serving.step.base import Outputs, Rows
-from anabranch.serving.step.torch_step import PLACE_IN_POOL, TorchStep, require_full_attention
+from anabranch.serving.step.torch_step import PLACE_IN_POOL, TorchStep, require_plain_scores
 
 NAME = "anabranch_slots"
 BACKEND = "inductor"
@@ -118,13 +118,13 @@ class CompiledStep(TorchStep):
 
 def slot_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, slots: Slots,
-    own: list[tuple[Tensor, Tensor]], sliding_window: int | None = None, **_: Any,
+    own: list[tuple[Tensor, Tensor]], **more: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention of one row a slot, to cached tokens and itself; its own key and value are put into `own`.
 
     query (1, H, S, D), key and value (1, G, S, D); gives (1, S, H, D).
     """
-    require_full_attention(sliding_window)
+    require_plain_scores(more)
     key_SGD, value_SGD = key[0].transpose(0, 1), value[0].transpose(0, 1)
     own.append((key_SGD, value_SGD))
     key_SGND = slots.keys[slots.page_SP, module.layer_idx].permute(0, 2, 1, 4, 3).flatten(2, 3)

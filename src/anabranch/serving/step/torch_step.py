@@ -26,6 +26,8 @@ from anabranch.serving.step.draw import Draw, draw_by_torch
 NAME = "anabranch_paged"
 # Of a page's number: its one pool is of one format.
 PLACE_IN_POOL = (1 << FORMAT_SHIFT) - 1
+# What models of transformers ask attention for besides a scale and a mask, by name.
+CHANGE_SCORES = ("block_indices", "indices", "position_bias", "s_aux", "sinks", "softcap")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -50,7 +52,8 @@ class TorchStep:
     def __init__(self, model: PreTrainedModel, kv_shape: KvShape, pools: dict[str, Tensor]) -> None:
         if len(pools) != 1 or (kind := next(iter(pools))) not in DTYPES:
             raise ConfigError(
-                "the torch step keeps keys and values as float32 or bfloat16", setting="kv_dtype"
+                "the torch step keeps keys and values in the precision that it computes in; leave this out",
+                setting="kv_dtype",
             )
         self.model, self.vocab = model, model.config.get_text_config().vocab_size
         self.routing = False
@@ -127,21 +130,22 @@ class TorchStep:
         return torch.as_tensor(array, dtype=torch.int64).to(self.keys.device)
 
 
-def require_full_attention(sliding_window: int | None) -> None:
-    """Raise ConfigError for a model with a sliding window."""
-    if sliding_window is not None:
-        raise ConfigError("sliding-window attention is not computed", setting="model")
+def require_plain_scores(more: dict[str, Any]) -> None:
+    """Raise ConfigError where a model asks attention, by `more` than we know, for other scores than q k."""
+    asked = sorted(name for name in CHANGE_SCORES if more.get(name) is not None)
+    if asked:
+        raise ConfigError(f"its attention wants {', '.join(asked)}, not computed", setting="model")
 
 
 def paged_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, paged: Paged,
-    sliding_window: int | None = None, **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention over our pages. query (1, H, T, D), key and value (1, G, T, D); returns (1, T, H, D).
 
-    Raises ConfigError for a model with a sliding window: its pages would have to be forgotten.
+    Raises ConfigError for a model that changes scores. A sliding window is longer than any chain (`choose_step`).
     """
-    require_full_attention(sliding_window)
+    require_plain_scores(more)
     layer = module.layer_idx
     keys, values = paged.keys[:, layer], paged.values[:, layer]
     keys[paged.page_T, :, :, paged.slot_T] = key[0].transpose(0, 1).to(keys.dtype)
