@@ -69,7 +69,7 @@ def test_the_model_is_as_it_was(counter):
 
 
 def test_only_pages_as_computed(counter):
-    with pytest.raises(ConfigError, match="float32 or bfloat16"):
+    with pytest.raises(ConfigError, match="precision that it computes in"):
         engine("llama", kv_dtype="int8")
     with pytest.raises(ConfigError, match="holds the whole model"):
         EngineSettings(step="compiled", memory_limit_mib=10)

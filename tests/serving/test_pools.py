@@ -138,5 +138,5 @@ def test_attention_over_codes_is_attention_over_their_numbers(model, wide, kind)
 
 
 def test_the_torch_step_refuses_coded_pages(model):
-    with pytest.raises(ConfigError, match="float32 or bfloat16"):
+    with pytest.raises(ConfigError, match="precision that it computes in"):
         Engine(model, EngineSettings(step="torch", kv_dtype="int4", kv_memory_mib=1))
