@@ -81,6 +81,7 @@ struct BF16 {
     static void multiply(const uint8_t* block, int inputs, const Act* const* rows, Tile<M>& sums) {
         const bf16* weights = reinterpret_cast<const bf16*>(block);
         for (int i = 0; i < inputs; i += 2, weights += 2 * BLOCK) {
+            prefetch(weights);
 #ifdef __AVX512BF16__
             __m512bh w[QUADS];
             for (int j = 0; j < QUADS; ++j)
@@ -94,7 +95,6 @@ struct BF16 {
                         _mm512_dpbf16_ps(reinterpret_cast<__m512>(sums[m][j]), w[j], x));
             }
 #else
-            prefetch(weights);
             // One input after the other: weights of both at once would not fit the registers.
             for (int odd = 0; odd < 2; ++odd) {
                 f32x16 w[QUADS];

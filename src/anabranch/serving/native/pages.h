@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "vector.h"
@@ -38,6 +39,9 @@ struct PageShape {
         if (format == KV_BF16) return 2 * numbers() * 2;
         if (format == KV_INT8) return 2 * numbers();
         return numbers() + (dim + PAGE) * 4;
+    }
+    int64_t key_bytes(Format format) const {
+        return format == KV_INT4 ? numbers() / 2 : head_bytes(format) / 2;
     }
     int64_t layer_bytes(Format format) const { return heads * head_bytes(format); }
     int64_t page_bytes(Format format) const { return layers * layer_bytes(format); }
@@ -85,6 +89,16 @@ inline float scale_of(const int8_t* line) {
 
 constexpr const bf16* NONE = nullptr;
 
+// Of two numbers of each token, as they lie in a page.
+template <class T>
+constexpr int PAIR_BYTES = std::is_same_v<T, int4x2> ? 1 : 2 * sizeof(T);
+
+// Asks for the lines that so many bytes at `ahead` are in. Pages lie anywhere in memory, where the processor guesses
+// nothing: a later page is fetched line by line while this one is computed from. Asked for at once, lines would queue.
+inline void fetch(const uint8_t* ahead, int bytes) {
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(ahead + at);
+}
+
 // Channels d and d + 1 of all tokens of a page.
 template <class T>
 inline void load_pair(const T* keys, int d, f32x16& even, f32x16& odd) {
@@ -103,12 +117,14 @@ inline float dot(const float* a, const T* b, int n) {
     return sum(sums);
 }
 
-// Scores of G queries against a page's 16 keys. scale, zero: of each channel, null where there is none.
+// Scores of G queries against a page's 16 keys. scale, zero: of each channel, null where there is none. ahead: keys of a
+// later page.
 template <int G, class T, class S>
 inline void scores_of(const T* keys, const S* scale, const bf16* zero, int dim, const float* query, float* scores,
-                      int64_t score_stride) {
+                      int64_t score_stride, const uint8_t* ahead) {
     f32x16 even[G] = {}, odd[G] = {};
-    for (int d = 0; d < dim; d += 2) {
+    for (int d = 0; d < dim; d += 2, ahead += PAGE * PAIR_BYTES<T>) {
+        fetch(ahead, PAGE * PAIR_BYTES<T>);
         f32x16 key0, key1;
         load_pair(keys, d, key0, key1);
         for (int g = 0; g < G; ++g) {
@@ -125,25 +141,28 @@ inline void scores_of(const T* keys, const S* scale, const bf16* zero, int dim, 
 
 template <class T, class S>
 inline void page_scores(const T* keys, const S* scale, const bf16* zero, int dim, int group, const float* query,
-                        float* scores, int64_t stride) {
+                        float* scores, int64_t stride, const uint8_t* ahead) {
     int g = 0;
     for (; g + 2 <= group; g += 2)
-        scores_of<2>(keys, scale, zero, dim, query + g * dim, scores + g * stride, stride);
-    for (; g < group; ++g) scores_of<1>(keys, scale, zero, dim, query + g * dim, scores + g * stride, stride);
+        scores_of<2>(keys, scale, zero, dim, query + g * dim, scores + g * stride, stride, ahead);
+    for (; g < group; ++g) scores_of<1>(keys, scale, zero, dim, query + g * dim, scores + g * stride, stride, ahead);
 }
 
 // Adds a page's values, weighted, to the outputs of G queries, WIDTH registers of each at once. Weights have the
-// tokens' scales in them; shift: what their zeros add to every number.
+// tokens' scales in them; shift: what their zeros add to every number. ahead: values of a later page.
 template <int G, int WIDTH, class T>
-inline void add_values(const T* values, int dim, int tokens, const float (*weights)[PAGE], const float*, float* out) {
+inline void add_values(const T* values, int dim, int tokens, const float (*weights)[PAGE], const float*, float* out,
+                       const uint8_t* ahead) {
     f32x16 sums[G][WIDTH];
     for (int g = 0; g < G; ++g)
         for (int j = 0; j < WIDTH; ++j) sums[g][j] = load(out + g * dim + j * LANES);
-    for (int t = 0; t < tokens; ++t)
+    for (int t = 0; t < tokens; ++t, ahead += dim * sizeof(T)) {
+        fetch(ahead, WIDTH * LANES * sizeof(T));
         for (int j = 0; j < WIDTH; ++j) {
             const f32x16 value = load(values + int64_t{t} * dim + j * LANES);
             for (int g = 0; g < G; ++g) sums[g][j] += value * weights[g][t];
         }
+    }
     for (int g = 0; g < G; ++g)
         for (int j = 0; j < WIDTH; ++j) store(out + g * dim + j * LANES, sums[g][j]);
 }
@@ -151,23 +170,25 @@ inline void add_values(const T* values, int dim, int tokens, const float (*weigh
 // An int4 page is full: all its tokens are added, two by two.
 template <int G, int WIDTH>
 inline void add_values(const int4x2* values, int dim, int, const float (*weights)[PAGE], const float* shift,
-                       float* out) {
+                       float* out, const uint8_t* ahead) {
     f32x16 sums[G][WIDTH];
     for (int g = 0; g < G; ++g)
         for (int j = 0; j < WIDTH; ++j) sums[g][j] = load(out + g * dim + j * LANES) + shift[g];
-    for (int t = 0; t < PAGE; t += 2)
+    for (int t = 0; t < PAGE; t += 2, ahead += dim) {
+        fetch(ahead, WIDTH * LANES);
         for (int j = 0; j < WIDTH; ++j) {
             f32x16 even, odd;
             split(&values[t / 2 * dim + j * LANES].bits, even, odd);
             for (int g = 0; g < G; ++g) sums[g][j] += even * weights[g][t] + odd * weights[g][t + 1];
         }
+    }
     for (int g = 0; g < G; ++g)
         for (int j = 0; j < WIDTH; ++j) store(out + g * dim + j * LANES, sums[g][j]);
 }
 
 template <int G, class T, class S>
 inline void values_of(const T* values, const S* scale, const bf16* zero, int dim, int tokens, const float* weights,
-                      int64_t weight_stride, float* out) {
+                      int64_t weight_stride, float* out, const uint8_t* ahead) {
     float scaled[G][PAGE], shift[G] = {};
     for (int g = 0; g < G; ++g) {
         const float* w = weights + g * weight_stride;
@@ -175,65 +196,61 @@ inline void values_of(const T* values, const S* scale, const bf16* zero, int dim
         if (zero) shift[g] = dot(w, zero, PAGE);
     }
     int d = 0;
-    for (; d + 4 * LANES <= dim; d += 4 * LANES) add_values<G, 4>(values + d, dim, tokens, scaled, shift, out + d);
-    for (; d < dim; d += LANES) add_values<G, 1>(values + d, dim, tokens, scaled, shift, out + d);
+    for (; d + 4 * LANES <= dim; d += 4 * LANES)
+        add_values<G, 4>(values + d, dim, tokens, scaled, shift, out + d, ahead + d * sizeof(T));
+    for (; d < dim; d += LANES)
+        add_values<G, 1>(values + d, dim, tokens, scaled, shift, out + d, ahead + d * sizeof(T));
 }
 
 template <class T, class S>
 inline void page_values(const T* values, const S* scale, const bf16* zero, int dim, int tokens, int group,
-                        const float* weights, int64_t stride, float* out) {
+                        const float* weights, int64_t stride, float* out, const uint8_t* ahead) {
     int g = 0;
     for (; g + 2 <= group; g += 2)
-        values_of<2>(values, scale, zero, dim, tokens, weights + g * stride, stride, out + g * dim);
+        values_of<2>(values, scale, zero, dim, tokens, weights + g * stride, stride, out + g * dim, ahead);
     for (; g < group; ++g)
-        values_of<1>(values, scale, zero, dim, tokens, weights + g * stride, stride, out + g * dim);
+        values_of<1>(values, scale, zero, dim, tokens, weights + g * stride, stride, out + g * dim, ahead);
 }
 
 // A page's scores, or weighted values, whatever its format; `page` is that of one layer and head.
 inline void page_scores(Format format, const PageShape& shape, const uint8_t* page, int group, const float* query,
-                        float* scores, int64_t stride) {
+                        float* scores, int64_t stride, const uint8_t* ahead) {
     const int dim = shape.dim;
     if (format == KV_F32) {
-        page_scores(reinterpret_cast<const float*>(page), NONE, NONE, dim, group, query, scores, stride);
+        page_scores(reinterpret_cast<const float*>(page), NONE, NONE, dim, group, query, scores, stride, ahead);
     } else if (format == KV_BF16) {
-        page_scores(reinterpret_cast<const bf16*>(page), NONE, NONE, dim, group, query, scores, stride);
+        page_scores(reinterpret_cast<const bf16*>(page), NONE, NONE, dim, group, query, scores, stride, ahead);
     } else if (format == KV_INT8) {
         const auto* keys = reinterpret_cast<const int8_t*>(page);
         float scale[MAX_DIM];
         for (int d = 0; d < dim; ++d) scale[d] = scale_of(keys + d * PAGE);
-        page_scores(keys, scale, NONE, dim, group, query, scores, stride);
+        page_scores(keys, scale, NONE, dim, group, query, scores, stride, ahead);
     } else {
         const auto* scale = reinterpret_cast<const bf16*>(page + shape.numbers());
-        page_scores(reinterpret_cast<const int4x2*>(page), scale, scale + dim, dim, group, query, scores, stride);
+        page_scores(reinterpret_cast<const int4x2*>(page), scale, scale + dim, dim, group, query, scores, stride, ahead);
     }
 }
 
 inline void page_values(Format format, const PageShape& shape, const uint8_t* page, int tokens, int group,
-                        const float* weights, int64_t stride, float* out) {
+                        const float* weights, int64_t stride, float* out, const uint8_t* ahead) {
     const int dim = shape.dim;
     const int64_t numbers = shape.numbers();
     if (format == KV_F32) {
         const auto* values = reinterpret_cast<const float*>(page) + numbers;
-        page_values(values, NONE, NONE, dim, tokens, group, weights, stride, out);
+        page_values(values, NONE, NONE, dim, tokens, group, weights, stride, out, ahead);
     } else if (format == KV_BF16) {
         const auto* values = reinterpret_cast<const bf16*>(page) + numbers;
-        page_values(values, NONE, NONE, dim, tokens, group, weights, stride, out);
+        page_values(values, NONE, NONE, dim, tokens, group, weights, stride, out, ahead);
     } else if (format == KV_INT8) {
         const auto* values = reinterpret_cast<const int8_t*>(page) + numbers;
         float scale[PAGE];
         for (int t = 0; t < PAGE; ++t) scale[t] = scale_of(values + t * dim);
-        page_values(values, scale, NONE, dim, tokens, group, weights, stride, out);
+        page_values(values, scale, NONE, dim, tokens, group, weights, stride, out, ahead);
     } else {
         const auto* values = reinterpret_cast<const int4x2*>(page + numbers / 2);
         const auto* scale = reinterpret_cast<const bf16*>(page + numbers) + 2 * dim;
-        page_values(values, scale, scale + PAGE, dim, tokens, group, weights, stride, out);
+        page_values(values, scale, scale + PAGE, dim, tokens, group, weights, stride, out, ahead);
     }
-}
-
-// Pages lie anywhere in memory. Its first lines fetched, the processor fetches the rest of one by itself; all of them
-// fetched so is slower.
-inline void fetch(const uint8_t* page) {
-    for (int line = 0; line < 8; ++line) __builtin_prefetch(page + 64 * line);
 }
 
 // Of one query's attention so far: the largest score, and the sum of exponentials relative to it.
@@ -279,13 +296,30 @@ struct AttentionScratch {
     std::vector<Weighed> weighed;
 };
 
-// Attention of one token's G queries (of one key-value head, already scaled) over `length` cached tokens: of some pages
-// the keys, then the values, which the cache still holds; then of the next ones. mass: where given, a page's share of
-// the weights is added to mass[page].
-inline void attend(const Pools& pools, const PageShape& shape, const int32_t* table, int length, int layer, int head,
+// The cached tokens of one row, as one key-value head has them.
+struct Cached {
+    const int32_t* table;
+    int length, head;
+
+    int pages() const { return (length + PAGE - 1) / PAGE; }
+};
+
+// Attention of one token's G queries (of one key-value head, already scaled) over its cached tokens: of some pages the
+// keys, then the values, which the cache still holds; then of the next ones. then: what is attended to after it, begun to
+// be fetched. mass: where given, a page's share of the weights is added to mass[page].
+inline void attend(const Pools& pools, const PageShape& shape, int layer, const Cached& cached, const Cached& then,
                    int group, const float* query, float* out, AttentionScratch& scratch, float* mass) {
     constexpr int RUN = 4, STRIDE = RUN * PAGE;  // pages at once, and their tokens
-    const int dim = shape.dim, pages = (length + PAGE - 1) / PAGE;
+    const int dim = shape.dim, pages = cached.pages();
+    const int32_t* table = cached.table;
+    const auto place = [&](int p) { return pools.head(shape, table[p], layer, cached.head); };
+    // Of page `p` one run later: its keys, or its values.
+    const auto later = [&](int p, bool values) {
+        const bool mine = p + RUN < pages;
+        const auto& from = mine ? cached : then;
+        const int32_t page = from.table[mine ? p + RUN : std::min(p + RUN - pages, from.pages() - 1)];
+        return pools.head(shape, page, layer, from.head) + (values ? shape.key_bytes(format_of(page)) : 0);
+    };
     auto& weighed = scratch.weighed;
     weighed.assign(group, Weighed());
     auto& numbers = scratch.numbers;
@@ -293,17 +327,15 @@ inline void attend(const Pools& pools, const PageShape& shape, const int32_t* ta
     float *scores = numbers.data(), *sums = scores + group * STRIDE, *tops = sums + group * pages;
     std::fill(out, out + group * dim, 0.0f);
     for (int first = 0; first < pages; first += RUN) {
-        const int end = std::min(first + RUN, pages), tokens = std::min(length - first * PAGE, STRIDE);
-        for (int p = first; p < end; ++p) {
-            if (p + 1 < pages) fetch(pools.head(shape, table[p + 1], layer, head));
-            page_scores(format_of(table[p]), shape, pools.head(shape, table[p], layer, head), group, query,
-                        scores + (p - first) * PAGE, STRIDE);
-        }
+        const int end = std::min(first + RUN, pages), tokens = std::min(cached.length - first * PAGE, STRIDE);
+        for (int p = first; p < end; ++p)
+            page_scores(format_of(table[p]), shape, place(p), group, query, scores + (p - first) * PAGE, STRIDE,
+                        later(p, false));
         for (int g = 0; g < group; ++g) weigh(scores + g * STRIDE, tokens, weighed[g], out + g * dim, dim);
         for (int p = first; p < end; ++p) {
             const float* weights = scores + (p - first) * PAGE;
-            page_values(format_of(table[p]), shape, pools.head(shape, table[p], layer, head),
-                        std::min(length - p * PAGE, PAGE), group, weights, STRIDE, out);
+            page_values(format_of(table[p]), shape, place(p), std::min(cached.length - p * PAGE, PAGE), group, weights,
+                        STRIDE, out, later(p, true));
             for (int g = 0; mass && g < group; ++g) {
                 sums[g * pages + p] = sum(load(weights + g * STRIDE));
                 tops[g * pages + p] = weighed[g].top;

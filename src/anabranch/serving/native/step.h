@@ -140,13 +140,17 @@ class Step {
         });
         team_.meet();
         const int tasks = rows.rows * model_.kv_heads;
-        for (int t; (t = team_.take()) < tasks;) {
-            cache(layer, l, t / model_.kv_heads, t % model_.kv_heads);
-            if (rows.one_each) attend_one(l, t / model_.kv_heads, t % model_.kv_heads, own);
-        }
+        team_.share(tasks, [&](int from, int to) {
+            for (int t = from; t < to; ++t) {
+                cache(layer, l, t / model_.kv_heads, t % model_.kv_heads);
+                if (rows.one_each) attend_one(l, t, own);
+            }
+        });
         team_.meet();
         if (!rows.one_each) {
-            for (int t; (t = team_.take()) < tasks;) attend_one(l, t / model_.kv_heads, t % model_.kv_heads, own);
+            team_.share(tasks, [&](int from, int to) {
+                for (int t = from; t < to; ++t) attend_one(l, t, own);
+            });
             team_.meet();
         }
         gather(own, attended_, queries_, rows.rows);
@@ -209,15 +213,22 @@ class Step {
                     row + queries_ + keys_ + head * dim);
     }
 
-    void attend_one(int l, int r, int head, Own& own) {
+    // Task `t` of one layer: a row and a key-value head.
+    Cached cached(int t) const {
         const auto& rows = *rows_;
-        const int group = model_.heads / model_.kv_heads, dim = model_.head_dim;
-        const Pools pools(rows.pool);
-        float* mass = rows.mass ? rows.mass + (int64_t{r} * model_.kv_heads + head) * rows.table_stride : nullptr;
+        const int r = t / model_.kv_heads;
+        return {rows.table + int64_t{rows.chain[r]} * rows.table_stride, rows.length[r], t % model_.kv_heads};
+    }
+
+    void attend_one(int l, int t, Own& own) {
+        const auto& rows = *rows_;
+        const int r = t / model_.kv_heads, group = model_.heads / model_.kv_heads, dim = model_.head_dim;
+        const Cached now = cached(t), then = cached(std::min(t + 1, rows.rows * model_.kv_heads - 1));
+        float* mass = rows.mass ? rows.mass + int64_t{t} * rows.table_stride : nullptr;
         own.out.resize(size_t(group) * dim);
-        attend(pools, shape_, rows.table + int64_t{rows.chain[r]} * rows.table_stride, rows.length[r], l, head, group,
-               &turned_[size_t(r) * queries_ + size_t(head) * group * dim], own.out.data(), own.attention, mass);
-        Kind::write(row(attended_, r, queries_), head * group * dim, own.out.data(), group * dim);
+        attend(Pools(rows.pool), shape_, l, now, then, group,
+               &turned_[size_t(r) * queries_ + size_t(now.head) * group * dim], own.out.data(), own.attention, mass);
+        Kind::write(row(attended_, r, queries_), now.head * group * dim, own.out.data(), group * dim);
     }
 
     // The experts of a row and their weights: softmax over all, the largest top_k, ties to the lower number.
