@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from anabranch.cli.roofs import PRECISIONS, higher, measure_roof
+from anabranch.cli.roofs import PRECISIONS, measure_roof, typical
 from anabranch.costs.decode import Roof
 
 
@@ -13,5 +13,5 @@ def test_a_roof_is_of_this_machine(dtype: str) -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_the_higher_roof_takes_the_better_of_each() -> None:
-    assert higher(Roof(10.0, 300.0), Roof(20.0, 200.0)) == Roof(20.0, 300.0)
+def test_the_typical_roof_is_the_middle_of_each() -> None:
+    assert typical([Roof(10.0, 300.0), Roof(20.0, 200.0), Roof(11.0, 100.0)]) == Roof(11.0, 200.0)

@@ -14,7 +14,7 @@ from anabranch.cli.generate_cases import TIMED_S, TRAINED, VLLM, GenerateCase, S
 from anabranch.cli.generate_engines import Rate
 from anabranch.cli.launch import launch
 from anabranch.cli.process import say
-from anabranch.cli.roofs import higher, measure_roof
+from anabranch.cli.roofs import measure_roof, typical
 from anabranch.cli.steal import Steal
 from anabranch.cli.vllm_process import VllmProcess
 from anabranch.costs.decode import Roof, decode_bound
@@ -40,7 +40,7 @@ class Model(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Of one case. roof: the better of before and after. stolen: the part of all CPU time a hypervisor took."""
+    """Of one case. roof: as it was meanwhile. stolen: the part of all CPU time a hypervisor took."""
 
     rate: Rate
     roof: Roof
@@ -55,7 +55,7 @@ def bench_generate(
     timed_s: float = TIMED_S,
 ) -> Iterator[dict[str, Any]]:
     """A row a case, as it is measured, in a process of its own; engines at one size one after the other, for what a
-    shared machine can do changes within minutes. Therefore roofs, too, are measured before and after each.
+    shared machine can do changes within minutes. Therefore roofs, too, are measured with each.
 
     held: rows of an interrupted run, not measured again. timed_s: seconds timed of each case, at least. An engine that
     fails is told, and what is left is measured all the same; then AnabranchError is raised.
@@ -96,13 +96,15 @@ def _measured(folder: Path, case: GenerateCase, vllm: VllmProcess | None, timed_
     settings = {"model": str(folder), "case": asdict(case), "timed_s": timed_s}
     found: list[Measured] = []
     while not found or (found[-1].stolen > STOLEN and len(found) < ATTEMPTS):
-        steal, before = Steal(), measure_roof(case.dtype)
+        steal = Steal()
         if case.engine == VLLM:
             assert vllm is not None
-            rate = vllm.measure(case, timed_s)
+            before, rate = measure_roof(case.dtype), vllm.measure(case, timed_s)
+            roof = typical([before, measure_roof(case.dtype)])
         else:
-            rate = Rate(**launch("measure_generate", settings, 1))
-        found.append(Measured(rate, higher(before, measure_roof(case.dtype)), steal.part()))
+            told = launch("measure_generate", settings, 1)
+            rate, roof = Rate(**told["rate"]), Roof(**told["roof"])
+        found.append(Measured(rate, roof, steal.part()))
     return min(found, key=lambda measured: measured.stolen)
 
 
@@ -171,13 +173,7 @@ def train_small(folder: Path) -> Path:
     out = folder / "small"
     if not (out / "model" / "config.json").exists():
         config = RunConfig(
-            model=TRAINED,
-            ranks=1,
-            steps=TRAIN_STEPS,
-            out=str(out),
-            save_every=0,
-            eval_every=0,
-            dtype="bfloat16",
-        )
+            model=TRAINED, ranks=1, steps=TRAIN_STEPS, out=str(out), save_every=0, eval_every=0, dtype="bfloat16"
+        )  # fmt: skip
         launch("train", config.to_dict(), 1)
     return out / "model"

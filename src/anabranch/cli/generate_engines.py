@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ from anabranch.cli.generate_cases import (
     prompts_of,
 )
 from anabranch.cli.llama_decode import loaded
+from anabranch.cli.roofs import measure_roof, typical
+from anabranch.costs.decode import Roof
 from anabranch.errors import AnabranchError
 from anabranch.scheduling.chain import Request
 from anabranch.scheduling.pages import PAGE, pages_of
@@ -41,8 +44,8 @@ from anabranch.serving.loading import load_config
 from anabranch.telemetry.memory import resident_bytes
 
 MIB = 1 << 20
-# Parts of a run.
-ROUNDS = 3
+# Parts of a run, and of all runs of a case: before each of these, and at the end, the roofs are measured.
+ROUNDS, TURNS = 3, 2
 
 # Runs a case once: when so many tokens of all chains were there, from the first of every chain on.
 Mark = tuple[float, int]
@@ -59,17 +62,21 @@ class Rate(NamedTuple):
 
 
 def measure_rank(settings: dict[str, Any]) -> dict[str, Any]:
-    """The job of one process: the rate of one case."""
+    """The job of one process: the rate of one case, and the roofs meanwhile."""
     case = GenerateCase(**settings["case"])
     torch.set_num_threads(os.cpu_count() or 1)
     with ENGINES[case.engine](Path(settings["model"]), case) as run:
-        rates: list[float] = []
+        rates, roofs = list[float](), list[Roof]()
         spent_s = 0.0
         while spent_s < settings["timed_s"]:
+            if spent_s >= len(roofs) * settings["timed_s"] / TURNS:
+                roofs.append(measure_roof(case.dtype))
             marks = run()
             rates += [(n - n0) / (s - s0) for (s0, n0), (s, n) in pairwise(marks)]
             spent_s += marks[-1][0] - marks[0][0]
-        return rate_of_parts(rates, held_mib())._asdict()
+        rate = rate_of_parts(rates, held_mib())
+        roof = typical([*roofs, measure_roof(case.dtype)])
+        return {"rate": rate._asdict(), "roof": asdict(roof)}
 
 
 def rate_of_parts(rates: list[float], resident_mib: float) -> Rate:

@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -35,9 +36,9 @@ def measure_roof(dtype: str) -> Roof:
     return Roof(READ_BYTES / read_s / 1e9, 2 * SIDE**3 / product_s / 1e9)
 
 
-def higher(one: Roof, other: Roof) -> Roof:
-    """The better of either, for both."""
-    return Roof(max(one.read_gbps, other.read_gbps), max(one.gflops, other.gflops))
+def typical(roofs: Sequence[Roof]) -> Roof:
+    """The median of each: neighbours on a shared host leave a half of the memory's speed, or all of it."""
+    return Roof(median(roof.read_gbps for roof in roofs), median(roof.gflops for roof in roofs))
 
 
 def _memory() -> Tensor:

@@ -55,6 +55,8 @@ class VllmProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._process.kill()
         self.close()
 
     def measure(self, case: GenerateCase, timed_s: float) -> Rate:
