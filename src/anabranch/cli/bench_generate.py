@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anabranch.cli.cluster_book import comparable, rows_of
-from anabranch.cli.generate_cases import TIMED_S, TRAINED, VLLM, GenerateCase, Sizes, fit, sizes_of
+from anabranch.cli.generate_cases import TIMED_S, TRAINED, VLLM, GenerateCase, Sizes, fit, sizes_of, wanted
 from anabranch.cli.generate_engines import Rate
 from anabranch.cli.launch import launch
 from anabranch.cli.process import say
@@ -64,7 +64,8 @@ def bench_generate(
     for model in models:
         sizes, most = sizes_of(model.folder), positions_of(load_config(model.folder))
         known = [_key(row) for row in held if row["model"] == model.name]
-        missing = [case for c in cases if _key(asdict(case := fit(c, most))) not in known]
+        fitted = [fit(case, most) for case in cases if wanted(model.name, case)]
+        missing = [case for case in fitted if _key(asdict(case)) not in known]
         for dtype in sorted({case.dtype for case in missing}):
             with ExitStack() as stack:
                 mine = sorted((case for case in missing if case.dtype == dtype), key=_size)

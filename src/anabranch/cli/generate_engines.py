@@ -66,8 +66,7 @@ def measure_rank(settings: dict[str, Any]) -> dict[str, Any]:
     case = GenerateCase(**settings["case"])
     torch.set_num_threads(os.cpu_count() or 1)
     with ENGINES[case.engine](Path(settings["model"]), case) as run:
-        rates, roofs = list[float](), list[Roof]()
-        spent_s = 0.0
+        rates, roofs, spent_s = list[float](), list[Roof](), 0.0
         while spent_s < settings["timed_s"]:
             if spent_s >= len(roofs) * settings["timed_s"] / TURNS:
                 roofs.append(measure_roof(case.dtype))
@@ -75,8 +74,7 @@ def measure_rank(settings: dict[str, Any]) -> dict[str, Any]:
             rates += [(n - n0) / (s - s0) for (s0, n0), (s, n) in pairwise(marks)]
             spent_s += marks[-1][0] - marks[0][0]
         rate = rate_of_parts(rates, held_mib())
-        roof = typical([*roofs, measure_roof(case.dtype)])
-        return {"rate": rate._asdict(), "roof": asdict(roof)}
+        return {"rate": rate._asdict(), "roof": asdict(typical([*roofs, measure_roof(case.dtype)]))}
 
 
 def rate_of_parts(rates: list[float], resident_mib: float) -> Rate:
@@ -104,13 +102,9 @@ def _ours(folder: Path, case: GenerateCase) -> Iterator[Runner]:
     prompts = prompts_of(folder, case.batch // case.samples, case.prompt_tokens)
     sampling = Sampling() if case.samples == 1 else Sampling(temperature=1.0)
     settings = EngineSettings(
-        case.dtype,
-        case.kv_dtype,
-        kv_memory_mib=_kv_mib(folder, case, pages_of(tokens) * PAGE),
-        step="native",
-        threads=os.cpu_count(),
-        limits=Limits(case.batch, CHUNK, tokens),
-    )
+        case.dtype, case.kv_dtype, kv_memory_mib=_kv_mib(folder, case, pages_of(tokens) * PAGE), step="native",
+        threads=os.cpu_count(), limits=Limits(case.batch, CHUNK, tokens),
+    )  # fmt: skip
     with Engine.from_folder(folder, settings) as engine:
 
         def advance() -> int:
@@ -186,7 +180,8 @@ def _transformers_batch(folder: Path, case: GenerateCase) -> Iterator[Runner]:
         max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cuda_graph=False
     )
     page = 256
-    blocks = case.batch * -(-(case.prompt_tokens + tokens) // page) + 1
+    # Twice what they fill: with one to spare the last chain waits until another has ended.
+    blocks = 2 * case.batch * -(-(case.prompt_tokens + tokens) // page)
     room = ContinuousBatchingConfig(page_size=page, num_blocks=blocks, max_batch_tokens=CHUNK)
 
     def run() -> list[Mark]:
