@@ -2,10 +2,10 @@
 its answer right only where every step is.
 
 A problem reads `a18 9 a17 4 a17 a18 <think>`: what each account holds, and which to begin and to end with. Its solution
-is `a17 4 + 0 = 4 ; a18 9 + 4 = 13 ; </think> 13 <eos>`: of each account, in the order of their numbers, what it holds,
-to be found anywhere in the problem, the sum so far and the sum with it, of a hundred as on an odometer. Every number is
-one token, and so is every account. What an account holds follows it in both, which a model is quick to see; with a
-colon in between it was not.
+is `a17 4 + 0 = 4 ; a18 9 + 4 = 3 ; </think> 3 <eos>`: of each account, in the order of their numbers, what it holds, to
+be found anywhere in the problem, the sum so far and the sum with it, of both the last digit. Every number is one token,
+and so is every account. What an account holds follows it in both, which a model is quick to see; with a colon in
+between it was not. With sums of a hundred most of what was left to learn were sums.
 """
 
 import random
@@ -17,12 +17,15 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 SIGNS = ("+", "=", ";")
-SUMS, ACCOUNTS = 100, 444
+SUMS, ACCOUNTS = 10, 444
 WORDS = (*SPECIAL, *SIGNS, *map(str, range(SUMS)), *(f"a{i}" for i in range(ACCOUNTS)))
 PLUS, EQUALS, SEMICOLON = range(len(SPECIAL), len(SPECIAL) + len(SIGNS))
 NUMBER, ACCOUNT = len(SPECIAL) + len(SIGNS), len(SPECIAL) + len(SIGNS) + SUMS
 # Scores are four times as large as usual.
 SHARP = 2.0
+# Pairs of channels turn by 1 down to 1 / THETA a token. At the usual 10,000 hardly one is the same from a hundred and
+# from four thousand tokens away, and a look-up learnt in ledgers of 120 accounts missed three of four among 444.
+THETA = 1e7
 # Tokens of an account in a problem, and in its solution; and those around them.
 ASKED, WORKED, AROUND = 2, 7, 6
 
@@ -74,9 +77,9 @@ def solution(ledger: Ledger) -> list[int]:
 
 
 def solved(ledger: Ledger, tokens: list[int]) -> bool:
-    """Whether what follows the thought is the total. What follows the first end is not read."""
-    ended = tokens[: tokens.index(EOS) + 1] if EOS in tokens else []
-    return ended[-3:] == [THOUGHT, NUMBER + ledger.total, EOS]
+    """Whether every step is right, and with it the total, which alone is right by luck one time in ten. What follows
+    the first end is not read."""
+    return EOS in tokens and tokens[: tokens.index(EOS) + 1] == solution(ledger)
 
 
 def tokens_of(accounts: int) -> int:
@@ -91,7 +94,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def model_config() -> Qwen3MoeConfig:
     """1.8 M parameters, 0.6 M of them at work for a token."""
-    return moe_config(560, 4, 8192)
+    config = moe_config(464, 4, 8192)
+    config.rope_parameters["rope_theta"] = THETA
+    return config
 
 
 def sharpen(model: PreTrainedModel) -> None:

@@ -28,7 +28,7 @@ HOT = ("experts", "transport")  # a host synchronisation here stalls every layer
 
 FILE_LINES, FILE_LINES_HARD = 300, 500
 FUNCTION_LINES, FUNCTION_LINES_HARD = 40, 80
-PACKAGE_LINES = 29_600  # 20,000 in the design; raised in writing, docs/map.md says why
+PACKAGE_LINES = 29_650  # 20,000 in the design; raised in writing, docs/map.md says why
 
 LONG_FILES: dict[str, str] = {}  # "experts/adaptive.py": reason
 LONG_FUNCTIONS = {

@@ -35,13 +35,14 @@ def test_worked_solutions_are_right() -> None:
         assert solved(ledger, [*worked, THOUGHT, EOS]), "what follows its end is not read"
         assert not solved(ledger, worked[:-1])
         assert not solved(ledger, [*worked[:-2], NUMBER + (ledger.total + 1) % SUMS, EOS])
+        assert not solved(ledger, [worked[0], NUMBER + (worked[1] - NUMBER + 1) % SUMS, *worked[2:]])
     assert tokens_of(ACCOUNTS) == 4002
     assert len(WORDS) <= model_config().vocab_size
 
 
 def test_a_solution_goes_from_neighbour_to_neighbour() -> None:
     words = " ".join(WORDS[t] for t in solution(Ledger(((18, 9), (17, 4)))))
-    assert words == "a17 4 + 0 = 4 ; a18 9 + 4 = 13 ; </think> 13 <eos>"
+    assert words == "a17 4 + 0 = 4 ; a18 9 + 4 = 3 ; </think> 3 <eos>"
     (ledger,) = ledgers(3, 1, 10)
     numbers = [number for number, _ in ledger.accounts]
     assert sorted(numbers) == list(range(min(numbers), min(numbers) + 10)) != numbers

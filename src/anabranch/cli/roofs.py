@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anabranch.costs.decode import Roof
-from anabranch.serving.pools import prefer_huge_pages
+from anabranch.serving import huge_pages
 
 ROOF_S = 0.3
 READ_BYTES = 1 << 28
@@ -43,9 +43,7 @@ def typical(roofs: Sequence[Roof]) -> Roof:
 
 def _memory() -> Tensor:
     """In huge pages, as weights and pages of the engine are."""
-    x = torch.empty(READ_BYTES // 4)
-    prefer_huge_pages(x)
-    return x.fill_(1.0)
+    return huge_pages.empty(torch.Size((READ_BYTES // 4,)), torch.float32).fill_(1.0)
 
 
 def _product(precision: str) -> Callable[[], Tensor]:

@@ -1,7 +1,5 @@
 """Memory for pages of keys and values, one pool a format."""
 
-import ctypes
-import mmap
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +8,11 @@ from transformers import PreTrainedModel
 
 from anabranch.errors import ConfigError
 from anabranch.scheduling.pages import PAGE
+from anabranch.serving import huge_pages
 
 # As in pages.h: a page's number carries its format above this bit.
 FORMAT_SHIFT = 28
 FORMATS = ("float32", "bfloat16", "int8", "int4")
-MADV_HUGEPAGE = 14
 
 
 @dataclass(frozen=True)
@@ -57,18 +55,10 @@ def first_page(kind: str) -> int:
 def allocate(shape: KvShape, kind: str, pages: int, device: torch.device | None = None) -> Tensor:
     """uint8 (pages, bytes of a page) on `device`, the CPU where it is None; there of huge memory pages where the
     system grants them."""
-    pool = torch.empty(pages, shape.page_bytes(kind), dtype=torch.uint8, device=device)
-    if pool.device.type == "cpu":
-        prefer_huge_pages(pool)
-    return pool
-
-
-def prefer_huge_pages(tensor: Tensor) -> None:
-    """Advise the kernel to back the tensor by huge pages; without such a kernel nothing changes."""
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = tensor.data_ptr() + tensor.nbytes - start
-    if size > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_HUGEPAGE)
+    size = torch.Size((pages, shape.page_bytes(kind)))
+    if device is None or device.type == "cpu":
+        return huge_pages.empty(size, torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def decode(shape: KvShape, kind: str, raw_PB: Tensor) -> tuple[Tensor, Tensor]:

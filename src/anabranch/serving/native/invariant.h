@@ -19,7 +19,7 @@ class Product {
         for (int first = 0; first < outputs; first += BLOCK) {
             const int columns = std::min(BLOCK, outputs - first);
             pack(weights + int64_t{first} * inputs, inputs, columns);
-            multiply_block<F32>(reinterpret_cast<const uint8_t*>(packed_.data()), 0, inputs, rows_.data(), rows,
+            multiply_block<F32>(reinterpret_cast<const uint8_t*>(packed_.data()), nullptr, inputs, rows_.data(), rows,
                                 [&](int r, const f32x16* sums) {
                                     std::memcpy(out + int64_t{r} * outputs + first, sums, columns * sizeof(float));
                                 });

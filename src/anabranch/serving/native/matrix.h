@@ -13,6 +13,7 @@ namespace anabranch {
 
 constexpr int BLOCK = 32;             // outputs of a block
 constexpr int QUADS = BLOCK / LANES;  // registers of a block
+constexpr int STEP = 4 * BLOCK;       // bytes of a block that a step of a product reads, of any kind
 #ifdef __AVX512F__
 constexpr int TILE = 12;  // rows at once: 12 x 2 sums and 2 weights fit 32 registers
 #else
@@ -22,12 +23,18 @@ constexpr int TILE = 3;
 template <int M>
 using Tile = f32x16[M][QUADS];
 
-// Weights come from memory in one stream, whose pages the processor's own prefetching does not cross.
-constexpr int AHEAD = 4096;  // bytes
-template <class T>
-inline void prefetch(const T* weights) {
-    for (int line = 0; line < QUADS; ++line) __builtin_prefetch(reinterpret_cast<const char*>(weights) + AHEAD + 64 * line);
-}
+// What memory is asked for while a tile is computed: at each step the lines at `at`, which moves on by `bytes`, and from
+// `end` to `next`.
+struct Ahead {
+    const uint8_t *at, *end, *next;
+    int bytes;
+
+    void step() {
+        for (int line = 0; line < STEP; line += 64) __builtin_prefetch(at + line);
+        at += bytes;
+        if (at == end) at = next;
+    }
+};
 
 // fp32: weights[input][32].
 struct F32 {
@@ -39,10 +46,10 @@ struct F32 {
     static int64_t block_bytes(int inputs) { return int64_t{BLOCK} * inputs * 4; }
 
     template <int M>
-    static void multiply(const uint8_t* block, int inputs, const float* const* rows, Tile<M>& sums) {
+    static void multiply(const uint8_t* block, int inputs, const float* const* rows, Tile<M>& sums, Ahead ahead) {
         const float* weights = reinterpret_cast<const float*>(block);
         for (int i = 0; i < inputs; ++i, weights += BLOCK) {
-            prefetch(weights);
+            ahead.step();
             f32x16 w[QUADS];
             for (int j = 0; j < QUADS; ++j) w[j] = load(weights + j * LANES);
             for (int m = 0; m < M; ++m)
@@ -78,10 +85,10 @@ struct BF16 {
     static int64_t block_bytes(int inputs) { return int64_t{BLOCK} * inputs * 2; }
 
     template <int M>
-    static void multiply(const uint8_t* block, int inputs, const Act* const* rows, Tile<M>& sums) {
+    static void multiply(const uint8_t* block, int inputs, const Act* const* rows, Tile<M>& sums, Ahead ahead) {
         const bf16* weights = reinterpret_cast<const bf16*>(block);
         for (int i = 0; i < inputs; i += 2, weights += 2 * BLOCK) {
-            prefetch(weights);
+            ahead.step();
 #ifdef __AVX512BF16__
             __m512bh w[QUADS];
             for (int j = 0; j < QUADS; ++j)
@@ -138,7 +145,7 @@ struct INT8 {
     }
 
     template <int M>
-    static void multiply(const uint8_t* block, int inputs, const uint8_t* const* rows, Tile<M>& sums) {
+    static void multiply(const uint8_t* block, int inputs, const uint8_t* const* rows, Tile<M>& sums, Ahead ahead) {
         const uint8_t* weights = block + BLOCK * 4;
         for (int g = 0; g < inputs / GROUP; ++g) {
             i32x16 whole[M][QUADS];
@@ -148,7 +155,7 @@ struct INT8 {
                 for (int j = 0; j < QUADS; ++j) whole[m][j] = i32x16{} + offset;
             }
             for (int i = 0; i < GROUP; i += 4, weights += 4 * BLOCK) {
-                prefetch(weights);
+                ahead.step();
                 add_products<M>(weights, rows, g * STRIDE + i, whole);
             }
             for (int m = 0; m < M; ++m) {
@@ -191,36 +198,42 @@ struct INT8 {
 // The sums of M rows. Of each kind and M there is one, whoever calls it: they are most of what is compiled.
 template <class Kind, int M>
 __attribute__((noinline)) void tile(const uint8_t* block, int inputs, const typename Kind::Act* const* rows,
-                                    f32x16 (*sums)[QUADS]) {
+                                    f32x16 (*sums)[QUADS], Ahead ahead) {
     Tile<M> kept = {};
-    Kind::template multiply<M>(block, inputs, rows, kept);
+    Kind::template multiply<M>(block, inputs, rows, kept, ahead);
     std::memcpy(sums, kept, sizeof kept);
 }
 
-// Block `b` of a matrix with `count` rows; done(row, sums of its 32 outputs) is called once a row.
+// A block with `count` rows; done(row, sums of its 32 outputs) is called once a row. The first tile streams the block
+// from memory, each of the others fetches a part of `next`, the block that is computed after it; null where unknown.
 template <class Kind, class Done>
-inline void multiply_block(const uint8_t* matrix, int64_t b, int inputs, const typename Kind::Act* const* rows,
+inline void multiply_block(const uint8_t* block, const uint8_t* next, int inputs, const typename Kind::Act* const* rows,
                            int count, const Done& done) {
-    const uint8_t* block = matrix + b * Kind::block_bytes(inputs);
+    constexpr int NEAR = 8192;  // bytes: the processor's own prefetching does not cross pages of memory
+    const int64_t bytes = Kind::block_bytes(inputs);
+    const int others = (count + TILE - 1) / TILE - 1;
+    if (!next) next = block;
+    Ahead ahead{block + NEAR, block + bytes, next, STEP};
     for (int first = 0; first < count;) {
         const int left = count - first;
         const int tiles = (left + TILE - 1) / TILE;
         const int take = (left + tiles - 1) / tiles;
+        if (first) ahead = {next + (others - tiles) * bytes / others, nullptr, next, STEP / others};
         Tile<TILE> sums;
         switch (take) {
-            case 1: tile<Kind, 1>(block, inputs, rows + first, sums); break;
-            case 2: tile<Kind, 2>(block, inputs, rows + first, sums); break;
-            case 3: tile<Kind, 3>(block, inputs, rows + first, sums); break;
+            case 1: tile<Kind, 1>(block, inputs, rows + first, sums, ahead); break;
+            case 2: tile<Kind, 2>(block, inputs, rows + first, sums, ahead); break;
+            case 3: tile<Kind, 3>(block, inputs, rows + first, sums, ahead); break;
 #ifdef __AVX512F__
-            case 4: tile<Kind, 4>(block, inputs, rows + first, sums); break;
-            case 5: tile<Kind, 5>(block, inputs, rows + first, sums); break;
-            case 6: tile<Kind, 6>(block, inputs, rows + first, sums); break;
-            case 7: tile<Kind, 7>(block, inputs, rows + first, sums); break;
-            case 8: tile<Kind, 8>(block, inputs, rows + first, sums); break;
-            case 9: tile<Kind, 9>(block, inputs, rows + first, sums); break;
-            case 10: tile<Kind, 10>(block, inputs, rows + first, sums); break;
-            case 11: tile<Kind, 11>(block, inputs, rows + first, sums); break;
-            case 12: tile<Kind, 12>(block, inputs, rows + first, sums); break;
+            case 4: tile<Kind, 4>(block, inputs, rows + first, sums, ahead); break;
+            case 5: tile<Kind, 5>(block, inputs, rows + first, sums, ahead); break;
+            case 6: tile<Kind, 6>(block, inputs, rows + first, sums, ahead); break;
+            case 7: tile<Kind, 7>(block, inputs, rows + first, sums, ahead); break;
+            case 8: tile<Kind, 8>(block, inputs, rows + first, sums, ahead); break;
+            case 9: tile<Kind, 9>(block, inputs, rows + first, sums, ahead); break;
+            case 10: tile<Kind, 10>(block, inputs, rows + first, sums, ahead); break;
+            case 11: tile<Kind, 11>(block, inputs, rows + first, sums, ahead); break;
+            case 12: tile<Kind, 12>(block, inputs, rows + first, sums, ahead); break;
 #endif
         }
         for (int m = 0; m < take; ++m) done(first + m, sums[m]);

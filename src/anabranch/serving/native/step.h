@@ -142,6 +142,7 @@ class Step {
         const int tasks = rows.rows * model_.kv_heads;
         team_.share(tasks, [&](int from, int to) {
             for (int t = from; t < to; ++t) {
+                if (t + 1 < to) fetch_open(l, t + 1);
                 cache(layer, l, t / model_.kv_heads, t % model_.kv_heads);
                 if (rows.one_each) attend_one(l, t, own);
             }
@@ -163,14 +164,17 @@ class Step {
     // The inputs of `own` times a matrix, shared by the team; done(input, block, sums).
     template <class Done>
     void multiply(const uint8_t* matrix, int outputs, int inputs, const Own& own, const Done& done) {
-        team_.share(outputs / BLOCK, [&](int from, int to) { products(matrix, from, to, inputs, own, done); });
+        team_.share(outputs / BLOCK, [&](int from, int to) { products(matrix, from, to, nullptr, inputs, own, done); });
     }
 
-    // Of some blocks, by this member alone.
+    // Of some blocks, by this member alone. then: the block that it takes after them, where that is known.
     template <class Done>
-    static void products(const uint8_t* matrix, int from, int to, int inputs, const Own& own, const Done& done) {
+    static void products(const uint8_t* matrix, int from, int to, const uint8_t* then, int inputs, const Own& own,
+                         const Done& done) {
+        const int64_t bytes = Kind::block_bytes(inputs);
         for (int b = from; b < to; ++b)
-            multiply_block<Kind>(matrix, b, inputs, own.inputs.data(), static_cast<int>(own.inputs.size()),
+            multiply_block<Kind>(matrix + b * bytes, b + 1 < to ? matrix + (b + 1) * bytes : then, inputs,
+                                 own.inputs.data(), static_cast<int>(own.inputs.size()),
                                  [&](int i, const f32x16* sums) { done(i, b, sums); });
     }
 
@@ -220,6 +224,13 @@ class Step {
         return {rows.table + int64_t{rows.chain[r]} * rows.table_stride, rows.length[r], t % model_.kv_heads};
     }
 
+    // The page that a task writes its token into: a line of it for two channels of the key.
+    void fetch_open(int l, int t) const {
+        const Cached open = cached(t);
+        const int32_t page = open.table[open.pages() - 1];
+        fetch(Pools(rows_->pool).head(shape_, page, l, open.head), shape_.key_bytes(format_of(page)));
+    }
+
     void attend_one(int l, int t, Own& own) {
         const auto& rows = *rows_;
         const int r = t / model_.kv_heads, group = model_.heads / model_.kv_heads, dim = model_.head_dim;
@@ -264,7 +275,7 @@ class Step {
         own.probabilities.resize(padded(layer.experts, BLOCK));
         float* p = own.probabilities.data();
         for (int b = 0; b < padded(layer.experts, BLOCK) / BLOCK; ++b)
-            multiply_block<F32>(layer.router, b, model_.hidden, &x, 1,
+            multiply_block<F32>(layer.router + b * F32::block_bytes(model_.hidden), nullptr, model_.hidden, &x, 1,
                                 [&](int, const f32x16* sums) { keep(p, nullptr, b, sums); });
         return p;
     }
@@ -345,7 +356,8 @@ class Step {
             for (int t = from; t < to; ++t) {
                 if (t < shared_pairs) {
                     gather(own, normal_, wide_, n);
-                    gate_up(layer.shared_gate_up, t, own, [&](int m) { return row(shared_, m, layer.shared_width); });
+                    gate_up(layer.shared_gate_up, t, t + 1 < to, own,
+                            [&](int m) { return row(shared_, m, layer.shared_width); });
                     continue;
                 }
                 const int e = order[(t - shared_pairs) / pairs];
@@ -353,7 +365,7 @@ class Step {
                 own.inputs.resize(groups.start[e + 1] - groups.start[e]);
                 for (size_t m = 0; m < own.inputs.size(); ++m)
                     own.inputs[m] = row(normal_, members[m] / layer.top_k, wide_);
-                gate_up(gate_up_of(layer, e), (t - shared_pairs) % pairs, own,
+                gate_up(gate_up_of(layer, e), (t - shared_pairs) % pairs, t + 1 < to, own,
                         [&](int m) { return row(hidden_, members[m], width); });
             }
         });
@@ -362,11 +374,13 @@ class Step {
         team_.meet();
     }
 
+    // more: the next pair, which mostly follows in memory, is this member's too.
     template <class To>
-    void gate_up(const uint8_t* weights, int pair, Own& own, const To& to) {
+    void gate_up(const uint8_t* weights, int pair, bool more, Own& own, const To& to) {
         const int count = static_cast<int>(own.inputs.size());
         own.out.resize(size_t(count) * BLOCK);
-        products(weights, 2 * pair, 2 * pair + 2, model_.hidden, own, [&](int m, int b, const f32x16* sums) {
+        const uint8_t* then = more ? weights + (2 * pair + 2) * Kind::block_bytes(model_.hidden) : nullptr;
+        products(weights, 2 * pair, 2 * pair + 2, then, model_.hidden, own, [&](int m, int b, const f32x16* sums) {
             store(&own.out[m * BLOCK + b % 2 * LANES], silu(sums[0]) * sums[1]);
         });
         for (int m = 0; m < count; ++m) Kind::write(to(m), pair * BLOCK, &own.out[m * BLOCK], BLOCK);
@@ -375,19 +389,24 @@ class Step {
     // Some blocks of outputs of every expert: one member adds them all, in the order of experts.
     void down(const AnabranchLayer& layer, int from, int to, Own& own, bool last) {
         const auto& groups = own.groups;
-        for (const int e : groups.active) {
+        for (size_t i = 0; i < groups.active.size(); ++i) {
+            const int e = groups.active[i];
+            const bool known = layer.down && i + 1 < groups.active.size();
+            const uint8_t* then =
+                known ? down_of(layer, groups.active[i + 1]) + from * Kind::block_bytes(layer.width) : nullptr;
             const int* members = &groups.pair[groups.start[e]];
             own.inputs.resize(groups.start[e + 1] - groups.start[e]);
             for (size_t m = 0; m < own.inputs.size(); ++m) own.inputs[m] = row(hidden_, members[m], layer.width);
-            products(down_of(layer, e), from, to, layer.width, own, [&](int m, int b, const f32x16* sums) {
+            products(down_of(layer, e), from, to, then, layer.width, own, [&](int m, int b, const f32x16* sums) {
                 add(&residual_[size_t(members[m] / layer.top_k) * wide_], nullptr, b, sums, weights_[members[m]]);
             });
         }
         if (last && layer.shared_width) {
             gather(own, shared_, layer.shared_width, rows_->rows);
-            products(layer.shared_down, from, to, layer.shared_width, own, [&](int r, int b, const f32x16* sums) {
-                add(&residual_[size_t(r) * wide_], nullptr, b, sums, shared_weight_[r]);
-            });
+            products(layer.shared_down, from, to, nullptr, layer.shared_width, own,
+                     [&](int r, int b, const f32x16* sums) {
+                         add(&residual_[size_t(r) * wide_], nullptr, b, sums, shared_weight_[r]);
+                     });
         }
     }
 

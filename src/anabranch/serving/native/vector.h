@@ -119,19 +119,27 @@ inline void narrow(bf16* p, float v) {
 
 // A fixed order of additions, so that a sum does not depend on what else is computed.
 inline float sum(f32x16 v) {
+#ifdef __AVX512F__  // the same additions, in registers
+    return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#else
     float lane[LANES];
     store(lane, v);
     for (int width = LANES / 2; width > 0; width /= 2)
         for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
     return lane[0];
+#endif
 }
 
 inline float largest(f32x16 v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#else
     float lane[LANES];
     store(lane, v);
     float most = lane[0];
     for (int i = 1; i < LANES; ++i) most = lane[i] > most ? lane[i] : most;
     return most;
+#endif
 }
 
 inline f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }

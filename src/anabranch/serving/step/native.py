@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from anabranch.errors import ConfigError
+from anabranch.serving import huge_pages
 from anabranch.serving.decoder import Decoder, Experts
 from anabranch.serving.native.library import Layer, Model, library
 from anabranch.serving.native.library import Rows as NativeRows
 from anabranch.serving.native.pack import BLOCK, pack, pack_down, pack_gate_up, pad
-from anabranch.serving.pools import FORMATS, KvShape, prefer_huge_pages
+from anabranch.serving.pools import FORMATS, KvShape
 from anabranch.serving.step.base import Outputs, Rows
 from anabranch.serving.step.draw import Draw
 from anabranch.serving.store.arena import ExpertStore
@@ -201,9 +202,7 @@ class NativeStep:
         return self._empty(tensor.shape, tensor.dtype).copy_(tensor).data_ptr()
 
     def _empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """On huge pages, so that streaming it seldom misses the translation cache."""
-        kept = torch.empty(shape, dtype=dtype)
-        prefer_huge_pages(kept)
+        kept = huge_pages.empty(shape, dtype)
         self._kept.append(kept)
         return kept
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from anabranch.errors import ConfigError
 from anabranch.placement.residency import Popularity
+from anabranch.serving import huge_pages
 from anabranch.serving.decoder import Decoder
 from anabranch.serving.native.library import Store as NativeStore
 from anabranch.serving.store.checkpoint import Checkpoint
@@ -73,8 +74,7 @@ class ExpertStore:
                 f"the least that works is {-(-(dense_bytes + size) // MIB)}",
                 setting="memory_limit_mib",
             )
-        self._arena = mmap.mmap(-1, self._slots * size)
-        self._arena.madvise(mmap.MADV_HUGEPAGE)
+        self._arena = huge_pages.memory(self._slots * size)
         self._file = _open_direct(records.path)
         return NativeStore(
             self._file, self._slots, records.shape.count, records.first_byte, size,

@@ -1,0 +1,24 @@
+"""Memory straight from the system, in huge pages where it grants them: what is streamed seldom misses the translation
+cache then. An allocator hands out what was used before, whose small pages stay small."""
+
+import mmap
+
+import torch
+from torch import Tensor
+
+HUGE = 1 << 21
+
+
+def memory(size: int) -> mmap.mmap:
+    """Zeros."""
+    fresh = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        fresh.madvise(mmap.MADV_HUGEPAGE)
+    return fresh
+
+
+def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """As torch's `empty`, on the CPU; what is smaller than a huge page comes from there."""
+    if shape.numel() * dtype.itemsize < HUGE:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(memory(shape.numel() * dtype.itemsize), dtype=dtype).view(shape)
