@@ -70,8 +70,12 @@ def choose_step(
 
 
 def _require_whole_attention(model: PreTrainedModel, tokens: int) -> None:
-    """What no step computes: windows shorter than chains, and scores that are changed before the softmax."""
+    """What no step computes: scores that are changed before the softmax, and windows shorter than chains."""
     config: Any = model.config.get_text_config()
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if capped or any(hasattr(module, "sinks") for module in model.modules()):
+        what = "capped scores" if capped else "attention sinks"
+        raise ConfigError(f"its attention has {what}, which are not computed", setting="model")
     kinds = getattr(config, "layer_types", None)
     slides = getattr(config, "use_sliding_window", True) and (kinds is None or SLIDING in kinds)
     window = getattr(config, "sliding_window", None) if slides else None
@@ -81,10 +85,6 @@ def _require_whole_attention(model: PreTrainedModel, tokens: int) -> None:
             "many",
             setting="tokens",
         )
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    if capped or any(hasattr(module, "sinks") for module in model.modules()):
-        what = "capped scores" if capped else "attention sinks"
-        raise ConfigError(f"its attention has {what}, which are not computed", setting="model")
 
 
 def _require_only_attention(model: PreTrainedModel, tokens: int) -> None:
