@@ -64,7 +64,7 @@ class Sizes:
     """lessons: one after the other, at falling rates of one schedule. judged: problems, of the last lesson's size."""
 
     lessons: tuple[Lesson, ...] = (
-        Lesson(450, 8, 64, 40), Lesson(330, 8, 64), Lesson(40, 16, 48), Lesson(60, 48, 24), Lesson(80, 120, 10),
+        Lesson(450, 8, 64, 40), Lesson(350, 8, 64), Lesson(150, 16, 48), Lesson(200, 48, 24), Lesson(200, 120, 10),
         Lesson(100, 444, 3),
     )  # fmt: skip
     lr: float = 1e-3
