@@ -127,14 +127,16 @@ def codecs_table(result: dict[str, Any]) -> str:
 
 
 def generate_table(result: dict[str, Any]) -> str:
-    """Tokens a second of the model with random weights, and how many times those of other engines that is. Where one
-    has no int8, ours is beside its bf16."""
-    others = {
+    """Tokens a second of the model with random weights, and how many times those of the other engines in the file that
+    is. Where one has no int8, ours is beside its bf16."""
+    measured = {row["engine"] for row in result["rows"]}
+    known = {
         "transformers": "transformers",
         "generate_batch": "transformers_batch",
         "vLLM": "vllm",
         "llama.cpp": "llama_cpp",
     }
+    others = {name: engine for name, engine in known.items() if engine in measured}
     heads = (
         "weights",
         "prompt",

@@ -38,6 +38,11 @@ def test_the_grid_is_the_committed_results() -> None:
     assert all(file.name in README for file in files)
 
 
+def test_the_table_of_engines_is_the_committed_result() -> None:
+    docs = (ROOT / "docs" / "generate.md").read_text()
+    assert _table_module().tables("generate", ROOT / "benchmarks" / "results" / "generate_quick.json") in docs
+
+
 def test_linked_files_exist() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert links
