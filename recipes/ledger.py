@@ -73,7 +73,7 @@ def solution(ledger: Ledger) -> list[int]:
             NUMBER + total,
             SEMICOLON,
         ]
-    return [*tokens, THOUGHT, NUMBER + total, EOS]
+    return [*tokens, THOUGHT, NUMBER + ledger.total, EOS]
 
 
 def solved(ledger: Ledger, tokens: list[int]) -> bool:

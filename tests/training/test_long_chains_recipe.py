@@ -31,6 +31,7 @@ def test_worked_solutions_are_right() -> None:
     for ledger in ledgers(5, 50, 60):
         worked = solution(ledger)
         assert len(ledger.prompt) + len(worked) == tokens_of(60)
+        assert worked[-5:-1:3] == [NUMBER + ledger.total] * 2, "the last sum, and what follows the thought"
         assert solved(ledger, worked)
         assert solved(ledger, [*worked, THOUGHT, EOS]), "what follows its end is not read"
         assert not solved(ledger, worked[:-1])

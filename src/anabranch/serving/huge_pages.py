@@ -2,6 +2,7 @@
 cache then. An allocator hands out what was used before, whose small pages stay small."""
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -10,10 +11,11 @@ HUGE = 1 << 21
 
 
 def memory(size: int) -> mmap.mmap:
-    """Zeros."""
+    """So many bytes, all zero. Raises OSError where the system has not that much."""
     fresh = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        fresh.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel without them
+            fresh.madvise(mmap.MADV_HUGEPAGE)
     return fresh
 
 

@@ -302,6 +302,7 @@ struct Cached {
     int length, head;
 
     int pages() const { return (length + PAGE - 1) / PAGE; }
+    int32_t open() const { return table[pages() - 1]; }  // the page of the row's own token
 };
 
 // Attention of one token's G queries (of one key-value head, already scaled) over its cached tokens: of some pages the

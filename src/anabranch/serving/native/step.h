@@ -143,7 +143,7 @@ class Step {
         team_.share(tasks, [&](int from, int to) {
             for (int t = from; t < to; ++t) {
                 if (t + 1 < to) fetch_open(l, t + 1);
-                cache(layer, l, t / model_.kv_heads, t % model_.kv_heads);
+                cache(layer, l, t);
                 if (rows.one_each) attend_one(l, t, own);
             }
         });
@@ -180,9 +180,11 @@ class Step {
 
     // Rotates a row's key of one key-value head and the queries of its group; caches key and value. What the
     // projection gave stays as it is: other heads may still take its norm.
-    void cache(const AnabranchLayer& layer, int l, int r, int head) {
+    void cache(const AnabranchLayer& layer, int l, int t) {
         const auto& rows = *rows_;
-        const int dim = model_.head_dim, group = model_.heads / model_.kv_heads;
+        const Cached to = cached(t);
+        const int r = t / model_.kv_heads, head = to.head, dim = model_.head_dim;
+        const int group = model_.heads / model_.kv_heads;
         const float* row = &qkv_[size_t(r) * qkv_wide_];
         const float* key = row + queries_ + head * dim;
         const int64_t at = int64_t{rows.position[r]} * (model_.rotary_dim / 2);
@@ -203,8 +205,8 @@ class Step {
             rotate(query, cosine, sine);
             for (int d = 0; d < dim; ++d) query[d] /= std::sqrt(static_cast<float>(dim));
         }
-        const int slot = (rows.length[r] - 1) % PAGE;
-        const int32_t page = rows.table[int64_t{rows.chain[r]} * rows.table_stride + (rows.length[r] - 1) / PAGE];
+        const int slot = (to.length - 1) % PAGE;
+        const int32_t page = to.open();
         float rotated[MAX_DIM];
         std::copy(key, key + dim, rotated);
         if (layer.k_norm) {
@@ -226,9 +228,9 @@ class Step {
 
     // The page that a task writes its token into: a line of it for two channels of the key.
     void fetch_open(int l, int t) const {
-        const Cached open = cached(t);
-        const int32_t page = open.table[open.pages() - 1];
-        fetch(Pools(rows_->pool).head(shape_, page, l, open.head), shape_.key_bytes(format_of(page)));
+        const Cached to = cached(t);
+        const int32_t page = to.open();
+        fetch(Pools(rows_->pool).head(shape_, page, l, to.head), shape_.key_bytes(format_of(page)));
     }
 
     void attend_one(int l, int t, Own& own) {
