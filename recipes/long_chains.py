@@ -65,7 +65,7 @@ class Sizes:
 
     lessons: tuple[Lesson, ...] = (
         Lesson(450, 8, 64, 40), Lesson(350, 8, 64), Lesson(150, 16, 48), Lesson(200, 48, 24), Lesson(200, 120, 10),
-        Lesson(100, 444, 3),
+        Lesson(200, 444, 3),
     )  # fmt: skip
     lr: float = 1e-3
     judged: int = 200

@@ -140,3 +140,10 @@ def test_attention_over_codes_is_attention_over_their_numbers(model, wide, kind)
 def test_the_torch_step_refuses_coded_pages(model):
     with pytest.raises(ConfigError, match="precision that it computes in"):
         Engine(model, EngineSettings(step="torch", kv_dtype="int4", kv_memory_mib=1))
+
+
+# 2^44 pages are more than an address has bits for, 2^60 more than the system's call counts.
+@pytest.mark.parametrize("pages", [1 << 44, 1 << 60])
+def test_more_pages_than_the_system_has_memory_for_are_refused(pages):
+    with pytest.raises(ConfigError, match="kv_memory_mib: the system does not grant"):
+        allocate(KvShape(2, 2, 64), "bfloat16", pages)

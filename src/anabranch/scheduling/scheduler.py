@@ -113,9 +113,10 @@ class Scheduler:
                 continue
             budget -= count if chain.remaining > 1 else 0
             draft = drafts.get(chain, ())
-            if pages_of(chain.held + count + len(draft)) - len(chain.pages) > self.pool.free:
+            if draft and pages_of(chain.held + count + len(draft)) - len(chain.pages) > self.pool.free:
                 draft = ()  # no chain gives way to a guess
-            self._make_room(chain, count + len(draft))
+            elif draft:
+                self._make_room(chain, count + len(draft))
             parts.append(Part(chain, count + len(draft), count == chain.remaining, draft))
         return parts
 
@@ -266,6 +267,8 @@ class Scheduler:
     def _make_room(self, chain: Chain, count: int) -> bool:
         """Pages for so many more tokens, from the prefix tree or the youngest chain where none is free."""
         needed = pages_of(chain.held + count) - len(chain.pages)
+        if needed <= 0:
+            return True
         while self.pool.free < needed:
             if self.prefixes.forget(needed - self.pool.free):
                 continue

@@ -229,10 +229,9 @@ class Engine:
             flat += mine
             chains += [part.chain] * len(mine)
             row += 1 + len(part.draft)
-        logits_WV = outputs.logits_WV
-        chosen = logits_WV[torch.tensor(rows, dtype=torch.int64), torch.tensor(flat, dtype=torch.int64)]
-        for chain, value, row in zip(chains, chosen.tolist(), rows, strict=True):
-            self.logprobs[chain].append(value - float(outputs.log_total_W[row]))
+        chosen = outputs.logits_WV[_int64(rows), _int64(flat)].tolist()
+        for chain, value, total in zip(chains, chosen, outputs.log_total_W[rows].tolist(), strict=True):
+            self.logprobs[chain].append(value - total)
 
     def _copy(self, chain: Chain, other: Chain, place: int) -> bool:
         """The page of this place of one chain into another's; False where one is kept otherwise than it is written."""
@@ -290,6 +289,10 @@ class Engine:
             _int32(tokens), _int32(positions), _int32(lengths), _int32(chains), self.table.lines_CP, _int32(want),
             one_each,
         )  # fmt: skip
+
+
+def _int64(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def _int32(numbers: list[int]) -> Int32:

@@ -54,11 +54,17 @@ def first_page(kind: str) -> int:
 
 def allocate(shape: KvShape, kind: str, pages: int, device: torch.device | None = None) -> Tensor:
     """uint8 (pages, bytes of a page) on `device`, the CPU where it is None; there of huge memory pages where the
-    system grants them."""
+    system grants them. Raises ConfigError where it has not that much memory."""
     size = torch.Size((pages, shape.page_bytes(kind)))
-    if device is None or device.type == "cpu":
-        return huge_pages.empty(size, torch.uint8)
-    return torch.empty(size, dtype=torch.uint8, device=device)
+    try:
+        if device is None or device.type == "cpu":
+            return huge_pages.empty(size, torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    except (OSError, OverflowError, RuntimeError) as error:  # torch's own are of the last
+        mib = pages * shape.page_bytes(kind) >> 20
+        raise ConfigError(
+            f"the system does not grant {mib} MiB for pages; ask for less", setting="kv_memory_mib"
+        ) from error
 
 
 def decode(shape: KvShape, kind: str, raw_PB: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,7 @@ struct Ahead {
 // fp32: weights[input][32].
 struct F32 {
     using Act = float;
+    static constexpr int ROWS = TILE;  // at once
 
     static int64_t row_acts(int numbers) { return numbers; }
     static void write(float* row, int at, const float* x, int n) { std::memcpy(row + at, x, n * sizeof(float)); }
@@ -66,6 +67,7 @@ struct BF16 {
 #else
     using Act = float;
 #endif
+    static constexpr int ROWS = TILE;
 
     static int64_t row_acts(int numbers) { return numbers; }
     static void write(Act* row, int at, const float* x, int n) {
@@ -124,6 +126,7 @@ struct BF16 {
 struct INT8 {
     using Act = uint8_t;
     static constexpr int GROUP = 32, STRIDE = GROUP + 8;
+    static constexpr int ROWS = TILE < 8 ? TILE : 8;  // their sums as integers take registers too
 
     static int64_t block_bytes(int inputs) { return BLOCK * int64_t{4} + int64_t{BLOCK} * inputs; }
     static int64_t row_acts(int numbers) { return int64_t{numbers} / GROUP * STRIDE; }
@@ -211,12 +214,12 @@ inline void multiply_block(const uint8_t* block, const uint8_t* next, int inputs
                            int count, const Done& done) {
     constexpr int NEAR = 8192;  // bytes: the processor's own prefetching does not cross pages of memory
     const int64_t bytes = Kind::block_bytes(inputs);
-    const int others = (count + TILE - 1) / TILE - 1;
+    const int others = (count + Kind::ROWS - 1) / Kind::ROWS - 1;
     if (!next) next = block;
     Ahead ahead{block + NEAR, block + bytes, next, STEP};
     for (int first = 0; first < count;) {
         const int left = count - first;
-        const int tiles = (left + TILE - 1) / TILE;
+        const int tiles = (left + Kind::ROWS - 1) / Kind::ROWS;
         const int take = (left + tiles - 1) / tiles;
         if (first) ahead = {next + (others - tiles) * bytes / others, nullptr, next, STEP / others};
         Tile<TILE> sums;

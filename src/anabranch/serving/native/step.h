@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "attend.h"
 #include "matrix.h"
 #include "model.h"
-#include "pages.h"
 #include "store.h"
 #include "team.h"
 

@@ -1,0 +1,283 @@
+// Attention over pages: scores of a page's keys, then its weighted values, whatever their format.
+#pragma once
+#include "pages.h"
+
+namespace anabranch {
+
+constexpr const bf16* NONE = nullptr;
+
+// Of two numbers of each token, as they lie in a page.
+template <class T>
+constexpr int PAIR_BYTES = std::is_same_v<T, int4x2> ? 1 : 2 * sizeof(T);
+
+// Channels d and d + 1 of all tokens of a page.
+template <class T>
+inline void load_pair(const T* keys, int d, f32x16& even, f32x16& odd) {
+    even = load(keys + d * PAGE);
+    odd = load(keys + (d + 1) * PAGE);
+}
+inline void load_pair(const int4x2* keys, int d, f32x16& even, f32x16& odd) {
+    split(&keys[d / 2 * PAGE].bits, even, odd);
+}
+
+// The sum of products of n numbers, n a multiple of 16.
+template <class T>
+inline float dot(const float* a, const T* b, int n) {
+    f32x16 sums{};
+    for (int i = 0; i < n; i += LANES) sums += load(a + i) * load(b + i);
+    return sum(sums);
+}
+
+// Calls f(2, first) for two of a group's queries after the other, and f(1, last) for one that is left.
+template <class F>
+inline void two_by_two(int group, const F& f) {
+    int g = 0;
+    for (; g + 2 <= group; g += 2) f(std::integral_constant<int, 2>(), g);
+    if (g < group) f(std::integral_constant<int, 1>(), g);
+}
+
+// Scores of G queries against a page's 16 keys. ahead: keys of a later page.
+template <int G, class T>
+inline void scores_of(const T* keys, int dim, const float* query, float* scores, int64_t stride, const uint8_t* ahead) {
+    f32x16 even[G] = {}, odd[G] = {};
+    for (int d = 0; d < dim; d += 2, ahead += PAGE * PAIR_BYTES<T>) {
+        fetch(ahead, PAGE * PAIR_BYTES<T>);
+        f32x16 key0, key1;
+        load_pair(keys, d, key0, key1);
+        for (int g = 0; g < G; ++g) {
+            even[g] += key0 * query[g * dim + d];
+            odd[g] += key1 * query[g * dim + d + 1];
+        }
+    }
+    for (int g = 0; g < G; ++g) store(scores + g * stride, even[g] + odd[g]);
+}
+
+template <class T>
+inline void page_scores(const T* keys, int dim, int group, const float* query, float* scores, int64_t stride,
+                        const uint8_t* ahead) {
+    two_by_two(group, [&](auto G, int g) {
+        scores_of<G>(keys, dim, query + g * dim, scores + g * stride, stride, ahead);
+    });
+}
+
+// Of keys with a scale for each channel, and a zero where given.
+template <class T>
+inline void page_scores(const T* keys, const float* scale, const bf16* zero, int dim, int group, const float* query,
+                        float* scores, int64_t stride, const uint8_t* ahead) {
+    two_by_two(group, [&](auto G, int g) {
+        alignas(64) float scaled[G * MAX_DIM];
+        const float* first = query + g * dim;
+        for (int i = 0; i < G * dim; i += dim)
+            for (int d = 0; d < dim; d += LANES) store(scaled + i + d, load(first + i + d) * load(scale + d));
+        scores_of<G>(keys, dim, scaled, scores + g * stride, stride, ahead);
+        for (int i = 0; zero && i < G; ++i) {
+            float* of = scores + (g + i) * stride;
+            store(of, load(of) + dot(first + i * dim, zero, dim));
+        }
+    });
+}
+
+// Adds a page's values, weighted, to the outputs of G queries, WIDTH registers of each at once. Weights have the
+// tokens' scales in them; shift: what their zeros add to every number. ahead: values of a later page.
+template <int G, int WIDTH, class T>
+inline void add_values(const T* values, int dim, int tokens, const float (*weights)[PAGE], const float*, float* out,
+                       const uint8_t* ahead) {
+    f32x16 sums[G][WIDTH];
+    for (int g = 0; g < G; ++g)
+        for (int j = 0; j < WIDTH; ++j) sums[g][j] = load(out + g * dim + j * LANES);
+    for (int t = 0; t < tokens; ++t, ahead += dim * sizeof(T)) {
+        fetch(ahead, WIDTH * LANES * sizeof(T));
+        for (int j = 0; j < WIDTH; ++j) {
+            const f32x16 value = load(values + int64_t{t} * dim + j * LANES);
+            for (int g = 0; g < G; ++g) sums[g][j] += value * weights[g][t];
+        }
+    }
+    for (int g = 0; g < G; ++g)
+        for (int j = 0; j < WIDTH; ++j) store(out + g * dim + j * LANES, sums[g][j]);
+}
+
+// An int4 page is full: all its tokens are added, two by two.
+template <int G, int WIDTH>
+inline void add_values(const int4x2* values, int dim, int, const float (*weights)[PAGE], const float* shift,
+                       float* out, const uint8_t* ahead) {
+    f32x16 sums[G][WIDTH];
+    for (int g = 0; g < G; ++g)
+        for (int j = 0; j < WIDTH; ++j) sums[g][j] = load(out + g * dim + j * LANES) + shift[g];
+    for (int t = 0; t < PAGE; t += 2, ahead += dim) {
+        fetch(ahead, WIDTH * LANES);
+        for (int j = 0; j < WIDTH; ++j) {
+            f32x16 even, odd;
+            split(&values[t / 2 * dim + j * LANES].bits, even, odd);
+            for (int g = 0; g < G; ++g) sums[g][j] += even * weights[g][t] + odd * weights[g][t + 1];
+        }
+    }
+    for (int g = 0; g < G; ++g)
+        for (int j = 0; j < WIDTH; ++j) store(out + g * dim + j * LANES, sums[g][j]);
+}
+
+template <int G, class T, class S>
+inline void values_of(const T* values, const S* scale, const bf16* zero, int dim, int tokens, const float* weights,
+                      int64_t weight_stride, float* out, const uint8_t* ahead) {
+    float scaled[G][PAGE], shift[G] = {};
+    for (int g = 0; g < G; ++g) {
+        const float* w = weights + g * weight_stride;
+        store(scaled[g], scale ? load(w) * load(scale) : load(w));
+        if (zero) shift[g] = dot(w, zero, PAGE);
+    }
+    int d = 0;
+    for (; d + 4 * LANES <= dim; d += 4 * LANES)
+        add_values<G, 4>(values + d, dim, tokens, scaled, shift, out + d, ahead + d * sizeof(T));
+    for (; d < dim; d += LANES)
+        add_values<G, 1>(values + d, dim, tokens, scaled, shift, out + d, ahead + d * sizeof(T));
+}
+
+template <class T, class S>
+inline void page_values(const T* values, const S* scale, const bf16* zero, int dim, int tokens, int group,
+                        const float* weights, int64_t stride, float* out, const uint8_t* ahead) {
+    two_by_two(group, [&](auto G, int g) {
+        values_of<G>(values, scale, zero, dim, tokens, weights + g * stride, stride, out + g * dim, ahead);
+    });
+}
+
+// A page's scores, or weighted values, whatever its format; `page` is that of one layer and head.
+inline void page_scores(Format format, const PageShape& shape, const uint8_t* page, int group, const float* query,
+                        float* scores, int64_t stride, const uint8_t* ahead) {
+    const int dim = shape.dim;
+    if (format == KV_F32) {
+        page_scores(reinterpret_cast<const float*>(page), dim, group, query, scores, stride, ahead);
+    } else if (format == KV_BF16) {
+        page_scores(reinterpret_cast<const bf16*>(page), dim, group, query, scores, stride, ahead);
+    } else if (format == KV_INT8) {
+        const auto* keys = reinterpret_cast<const int8_t*>(page);
+        float scale[MAX_DIM];
+        for (int d = 0; d < dim; d += LANES) store(scale + d, scales_of(keys + d * PAGE, PAGE));
+        page_scores(keys, scale, NONE, dim, group, query, scores, stride, ahead);
+    } else {
+        const auto* halves = reinterpret_cast<const bf16*>(page + shape.numbers());
+        float scale[MAX_DIM];
+        for (int d = 0; d < dim; d += LANES) store(scale + d, load(halves + d));
+        page_scores(reinterpret_cast<const int4x2*>(page), scale, halves + dim, dim, group, query, scores, stride, ahead);
+    }
+}
+
+inline void page_values(Format format, const PageShape& shape, const uint8_t* page, int tokens, int group,
+                        const float* weights, int64_t stride, float* out, const uint8_t* ahead) {
+    const int dim = shape.dim;
+    const int64_t numbers = shape.numbers();
+    if (format == KV_F32) {
+        const auto* values = reinterpret_cast<const float*>(page) + numbers;
+        page_values(values, NONE, NONE, dim, tokens, group, weights, stride, out, ahead);
+    } else if (format == KV_BF16) {
+        const auto* values = reinterpret_cast<const bf16*>(page) + numbers;
+        page_values(values, NONE, NONE, dim, tokens, group, weights, stride, out, ahead);
+    } else if (format == KV_INT8) {
+        const auto* values = reinterpret_cast<const int8_t*>(page) + numbers;
+        float scale[PAGE];
+        store(scale, scales_of(values, dim));
+        page_values(values, scale, NONE, dim, tokens, group, weights, stride, out, ahead);
+    } else {
+        const auto* values = reinterpret_cast<const int4x2*>(page + numbers / 2);
+        const auto* scale = reinterpret_cast<const bf16*>(page + numbers) + 2 * dim;
+        page_values(values, scale, scale + PAGE, dim, tokens, group, weights, stride, out, ahead);
+    }
+}
+
+// Of one query's attention so far: the largest score, and the sum of exponentials relative to it.
+struct Weighed {
+    float top = -INFINITY, total = 0.0f;
+};
+
+// Replaces scores by their exponentials, up to a multiple of 16 by zeros, and brings what was added to `out` before to
+// the same scale (Milakov and Gimelshein, arXiv:1805.02867).
+inline void weigh(float* scores, int count, Weighed& so_far, float* out, int dim) {
+    const int padded = (count + LANES - 1) / LANES * LANES;
+    for (int i = count; i < padded; ++i) scores[i] = -INFINITY;
+    f32x16 most = splat(so_far.top);
+    for (int i = 0; i < padded; i += LANES) most = larger(most, load(scores + i));
+    const float top = largest(most);
+    if (top > so_far.top && so_far.total > 0.0f) {
+        const float scale = std::exp(so_far.top - top);
+        so_far.total *= scale;
+        for (int d = 0; d < dim; d += LANES) store(out + d, load(out + d) * scale);
+    }
+    so_far.top = top;
+    f32x16 total{};
+    for (int i = 0; i < padded; i += LANES) {
+        store(scores + i, exponential(load(scores + i) - top));
+        if (i + LANES > count)
+            for (int j = count; j < padded; ++j) scores[j] = 0.0f;
+        total += load(scores + i);
+    }
+    so_far.total += sum(total);
+}
+
+// Softmax over `length` scores in place, padded with zeros to a multiple of 16.
+inline void softmax(float* scores, int length) {
+    Weighed all;
+    weigh(scores, length, all, nullptr, 0);
+    const float scale = 1.0f / all.total;
+    for (int i = 0; i < length; i += LANES) store(scores + i, load(scores + i) * scale);
+}
+
+// What attention needs beside its output; kept from call to call.
+struct AttentionScratch {
+    std::vector<float> numbers;
+    std::vector<Weighed> weighed;
+};
+
+// The cached tokens of one row, as one key-value head has them.
+struct Cached {
+    const int32_t* table;
+    int length, head;
+
+    int pages() const { return (length + PAGE - 1) / PAGE; }
+    int32_t open() const { return table[pages() - 1]; }  // the page of the row's own token
+};
+
+// Attention of one token's G queries (of one key-value head, already scaled) over its cached tokens: of some pages the
+// keys, then the values, which the cache still holds; then of the next ones. then: what is attended to after it, begun to
+// be fetched. mass: where given, a page's share of the weights is added to mass[page].
+inline void attend(const Pools& pools, const PageShape& shape, int layer, const Cached& cached, const Cached& then,
+                   int group, const float* query, float* out, AttentionScratch& scratch, float* mass) {
+    constexpr int RUN = 4, STRIDE = RUN * PAGE;  // pages at once, and their tokens
+    const int dim = shape.dim, pages = cached.pages();
+    const int32_t* table = cached.table;
+    const auto place = [&](int p) { return pools.head(shape, table[p], layer, cached.head); };
+    // Of page `p` one run later: its keys, or its values.
+    const auto later = [&](int p, bool values) {
+        const bool mine = p + RUN < pages;
+        const auto& from = mine ? cached : then;
+        const int32_t page = from.table[mine ? p + RUN : std::min(p + RUN - pages, from.pages() - 1)];
+        return pools.head(shape, page, layer, from.head) + (values ? shape.key_bytes(format_of(page)) : 0);
+    };
+    auto& weighed = scratch.weighed;
+    weighed.assign(group, Weighed());
+    auto& numbers = scratch.numbers;
+    numbers.resize(std::max<size_t>(numbers.size(), group * (STRIDE + (mass ? 2 * pages : 0))));
+    float *scores = numbers.data(), *sums = scores + group * STRIDE, *tops = sums + group * pages;
+    std::fill(out, out + group * dim, 0.0f);
+    for (int first = 0; first < pages; first += RUN) {
+        const int end = std::min(first + RUN, pages), tokens = std::min(cached.length - first * PAGE, STRIDE);
+        for (int p = first; p < end; ++p)
+            page_scores(format_of(table[p]), shape, place(p), group, query, scores + (p - first) * PAGE, STRIDE,
+                        later(p, false));
+        for (int g = 0; g < group; ++g) weigh(scores + g * STRIDE, tokens, weighed[g], out + g * dim, dim);
+        for (int p = first; p < end; ++p) {
+            const float* weights = scores + (p - first) * PAGE;
+            page_values(format_of(table[p]), shape, place(p), std::min(cached.length - p * PAGE, PAGE), group, weights,
+                        STRIDE, out, later(p, true));
+            for (int g = 0; mass && g < group; ++g) {
+                sums[g * pages + p] = sum(load(weights + g * STRIDE));
+                tops[g * pages + p] = weighed[g].top;
+            }
+        }
+    }
+    for (int g = 0; g < group; ++g) {
+        const float scale = 1.0f / weighed[g].total;
+        for (int d = 0; d < dim; d += LANES) store(out + g * dim + d, load(out + g * dim + d) * scale);
+        for (int p = 0; mass && p < pages; ++p)
+            mass[p] += sums[g * pages + p] * std::exp(tops[g * pages + p] - weighed[g].top) * scale;
+    }
+}
+
+}  // namespace anabranch
