@@ -30,6 +30,12 @@ def test_cached_tokens_cost_bytes_and_products() -> None:
     assert with_them.flops - without.flops == 4 * 4096 * 1000
 
 
+def test_a_shared_prompt_is_read_once_and_attended_to_by_each() -> None:
+    alone = decode_bound(SHAPE, ROOF, 8, 8000, weight_bytes=2, kv_bytes=8192)
+    shared = decode_bound(SHAPE, ROOF, 8, 1000, weight_bytes=2, kv_bytes=8192, attended=8000)
+    assert shared.flops == alone.flops and alone.read_bytes - shared.read_bytes == 7000 * 8192
+
+
 def test_a_dense_model_has_no_experts_to_read() -> None:
     dense = DecodeShape(dense=10, expert=0, expert_layers=0, experts=0, top_k=0, kv_numbers=2, attention=1)
     assert dense.experts_read(5) == 0.0 and dense.active == 10

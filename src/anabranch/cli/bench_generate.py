@@ -136,7 +136,8 @@ def _row(model: Model, sizes: Sizes, case: GenerateCase, measured: Measured) -> 
     kv_bytes = sizes.kv.page_bytes("bfloat16" if case.kv_dtype == "float16" else case.kv_dtype) / PAGE
     # Half of the new tokens are cached in the mean; prompts that samples share are read once.
     cached = case.batch * (case.prompt_tokens / case.samples + case.new_tokens / 2)
-    bound = decode_bound(sizes.decode, roof, case.batch, cached, WEIGHT_BYTES[case.dtype], kv_bytes)
+    attended = case.batch * (case.prompt_tokens + case.new_tokens / 2)
+    bound = decode_bound(sizes.decode, roof, case.batch, cached, WEIGHT_BYTES[case.dtype], kv_bytes, attended)
     return {
         "model": model.name,
         **asdict(case),

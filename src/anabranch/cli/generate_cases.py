@@ -17,7 +17,7 @@ from anabranch.serving.pools import KvShape, kv_shape_of
 
 CHUNK = 512
 # At least so many seconds are timed of each case, and of one of the quick benchmark.
-TIMED_S, QUICK_S = 4.0, 1.5
+TIMED_S, QUICK_S = 3.0, 1.5
 RANDOM, TRAINED = "random", "small"
 OURS, TRANSFORMERS, BATCHED = "anabranch", "transformers", "transformers_batch"
 VLLM, LLAMA = "vllm", "llama_cpp"

@@ -13,14 +13,14 @@ from torch import Tensor
 from anabranch.costs.decode import Roof
 from anabranch.serving import huge_pages
 
-ROOF_S = 0.3
+ROOF_S = 0.2
 READ_BYTES = 1 << 28
 SIDE = 2048
 PRECISIONS = ("float32", "bfloat16", "int8")  # from wide to narrow
 
 
 def measure_roof(dtype: str) -> Roof:
-    """With all cores: torch's sum of 256 MiB, and its product of 2,048 squared in `dtype`, the best of 0.3 s each.
+    """With all cores: torch's sum of 256 MiB, and its product of 2,048 squared in `dtype`, the best of 0.2 s each.
 
     A precision is never slower than those wider than it, which it could be widened to: without products of its own a
     processor multiplies bf16 as fp32.

@@ -65,17 +65,24 @@ class Bound(NamedTuple):
 
 
 def decode_bound(
-    shape: DecodeShape, roof: Roof, chains: int, cached: float, weight_bytes: float, kv_bytes: float
+    shape: DecodeShape,
+    roof: Roof,
+    chains: int,
+    cached: float,
+    weight_bytes: float,
+    kv_bytes: float,
+    attended: float | None = None,
 ) -> Bound:
     """One token of each of `chains`.
 
     cached: distinct cached tokens that all of them read together; a prompt that they share counts once.
-    weight_bytes: of a parameter. kv_bytes: of a token's keys and values.
+    weight_bytes: of a parameter. kv_bytes: of a token's keys and values. attended: cached tokens with a shared prompt
+    counted for each chain that attends to it; `cached` where none is shared.
     """
     weights = shape.dense + shape.experts_read(chains) * shape.expert * shape.expert_layers
     read_bytes = weights * weight_bytes + cached * kv_bytes
     # Scores and weighted values: two multiply-adds a cached number of the query's heads.
-    flops = 2.0 * shape.active * chains + 4.0 * shape.attention * cached
+    flops = 2.0 * shape.active * chains + 4.0 * shape.attention * (cached if attended is None else attended)
     read_ms, compute_ms = 1e3 * read_bytes / (roof.read_gbps * GIGA), 1e3 * flops / (roof.gflops * GIGA)
     return Bound(
         read_bytes, flops, max(read_ms, compute_ms), "memory" if read_ms >= compute_ms else "compute"
