@@ -168,10 +168,25 @@ def generate_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def long_chains_table(result: dict[str, Any]) -> str:
+    """Problems solved, and chains that 2 GiB hold, under each way to keep keys and values."""
+    lines = [
+        "| keys and values | solved | points lost | problems lost, won | chains in 2 GiB | times bf16's | with open pages |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['policy']} | {row['solve_rate']:.1%} | {row['points_lost']:.1f} | {row['lost']}, {row['won']} "
+        f"| {row['chains_in_2_gib']:,} | {row['chains_ratio']:.2f} | {row['chains_ratio_with_open_pages']:.2f} |"
+        for row in result["rows"]
+    ]
+    return "\n".join(lines)
+
+
 def machine_line(result: dict[str, Any]) -> str:
     """Where a result was measured."""
     m = result["machine"]
-    return f"{m['cpu']}, {m['cores']} cores, torch {m['torch']}, transformers {m['transformers']}"
+    versions = [f"{name} {m[name]}" for name in ("torch", "transformers") if name in m]
+    return ", ".join([m.get("cpu") or m["processor"], f"{m['cores']} cores", *versions])
 
 
 TABLES = {
@@ -179,6 +194,7 @@ TABLES = {
     "cluster": cluster_table,
     "codecs": codecs_table,
     "generate": generate_table,
+    "long_chains": long_chains_table,
     "planner": planner_table,
     "validation": validation_table,
     "memory": memory_table,

@@ -177,13 +177,16 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    columns = (
-        "policy", "chain_tokens", "problems", "solve_rate", "points_lost", "lost", "won", "chains_in_2_gib",
-        "chains_ratio", "chains_ratio_with_open_pages", "tokens_per_s",
-    )  # fmt: skip
-    table = Table(*columns, title="Problems solved, and chains held, by how keys and values are kept")
+    first = rows[0]
+    title = (
+        f"{first['problems']} problems, chains of {first['chain_tokens']} tokens: solved, and held in 2 GiB"
+    )
+    table = Table("policy", "solved", "points lost", "chains", "times bf16's", "with open pages", title=title)
     for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
+        table.add_row(
+            row["policy"], f"{row['solve_rate']:.1%}", f"{row['points_lost']:.1f}", f"{row['chains_in_2_gib']:,}",
+            f"{row['chains_ratio']:.2f}", f"{row['chains_ratio_with_open_pages']:.2f}",
+        )  # fmt: skip
     Console().print(table)
 
 

@@ -43,6 +43,11 @@ def test_the_table_of_engines_is_the_committed_result() -> None:
     assert _table_module().tables("generate", ROOT / "benchmarks" / "results" / "generate_quick.json") in docs
 
 
+def test_the_page_on_keys_and_values_has_the_committed_table() -> None:
+    results = ROOT / "benchmarks" / "results" / "long_chains.json"
+    assert _table_module().tables("long_chains", results) in (ROOT / "docs" / "kv.md").read_text()
+
+
 def test_linked_files_exist() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert links
