@@ -171,7 +171,7 @@ def generate_table(result: dict[str, Any]) -> str:
 def long_chains_table(result: dict[str, Any]) -> str:
     """Problems solved, and chains that 2 GiB hold, under each way to keep keys and values."""
     lines = [
-        "| keys and values | solved | points lost | problems lost, won | chains in 2 GiB | times bf16's | with open pages |",
+        "| keys and values | solved | points lost | lost, won | chains in 2 GiB | times bf16's | with open pages |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
