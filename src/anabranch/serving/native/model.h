@@ -16,7 +16,7 @@ struct AnabranchLayer {
     const float* out_bias;
     const uint8_t* router;  // fp32, packed; null for a dense layer, which is one expert for all
     const uint8_t* gate_up;    // blocks of 16 gates and their 16 ups
-    const uint8_t* down;
+    const uint8_t* down;       // a run of blocks of every expert, then the next
     const uint8_t* shared_gate_up;
     const uint8_t* shared_down;
     const float* shared_gate;

@@ -47,6 +47,12 @@ def pack_down(down_EDF: Tensor, kind: str) -> Tensor:
     return pack(nnf.pad(down_EDF, (0, pad(width, BLOCK) - width)), kind)
 
 
+def in_runs(down_EN: Tensor) -> Tensor:
+    """Packed experts by two blocks, by one where their number is odd: the first of every expert, then the next. A step
+    adds them up in this order, and memory gives what lies together faster."""
+    return down_EN.unflatten(1, (-1, 1 if down_EN.shape[1] % 2 else 2)).transpose(0, 1)
+
+
 def _blocks(weight_NK: Tensor, step: int) -> Tensor:
     *lead, _, inputs = weight_NK.shape
     return weight_NK.reshape(*lead, -1, BLOCK, inputs // step, step).transpose(-3, -2).contiguous()

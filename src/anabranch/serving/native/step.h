@@ -41,6 +41,7 @@ class Step {
           team_(team),
           shape_{model.layers, model.kv_heads, model.head_dim},
           wide_(padded(model.hidden, BLOCK)),
+          run_(wide_ / BLOCK % 2 ? 1 : 2),
           queries_(model.heads * model.head_dim),
           keys_(model.kv_heads * model.head_dim),
           qkv_wide_(padded(queries_ + 2 * keys_, BLOCK)),
@@ -340,9 +341,11 @@ class Step {
     const uint8_t* gate_up_of(const AnabranchLayer& layer, int e) {
         return layer.gate_up ? layer.gate_up + e * gate_up_bytes(layer) : store_->wait(layer.first_record + e);
     }
-    const uint8_t* down_of(const AnabranchLayer& layer, int e) {
-        if (layer.down) return layer.down + int64_t{e} * (wide_ / BLOCK) * Kind::block_bytes(layer.width);
-        return store_->wait(layer.first_record + e) + gate_up_bytes(layer);
+    // The first of a run of blocks.
+    const uint8_t* down_of(const AnabranchLayer& layer, int e, int b) {
+        const int64_t bytes = Kind::block_bytes(layer.width);
+        if (layer.down) return layer.down + (int64_t{b} * layer.experts + e * run_) * bytes;
+        return store_->wait(layer.first_record + e) + gate_up_bytes(layer) + b * bytes;
     }
     int64_t gate_up_bytes(const AnabranchLayer& layer) const {
         return layer.width * 2 / BLOCK * Kind::block_bytes(model_.hidden);
@@ -372,7 +375,9 @@ class Step {
             }
         });
         team_.meet();
-        team_.share(wide_ / BLOCK, [&](int from, int to) { down(layer, from, to, own, last); });
+        team_.share(wide_ / BLOCK / run_, [&](int from, int to) {
+            for (int r = from; r < to; ++r) down(layer, r * run_, own, last);
+        });
         team_.meet();
     }
 
@@ -388,24 +393,24 @@ class Step {
         for (int m = 0; m < count; ++m) Kind::write(to(m), pair * BLOCK, &own.out[m * BLOCK], BLOCK);
     }
 
-    // Some blocks of outputs of every expert: one member adds them all, in the order of experts.
-    void down(const AnabranchLayer& layer, int from, int to, Own& own, bool last) {
+    // A run of blocks of outputs, from `first` on, of every expert: one member adds them all, in the order of experts.
+    void down(const AnabranchLayer& layer, int first, Own& own, bool last) {
         const auto& groups = own.groups;
         for (size_t i = 0; i < groups.active.size(); ++i) {
             const int e = groups.active[i];
             const bool known = layer.down && i + 1 < groups.active.size();
-            const uint8_t* then =
-                known ? down_of(layer, groups.active[i + 1]) + from * Kind::block_bytes(layer.width) : nullptr;
+            const uint8_t* then = known ? down_of(layer, groups.active[i + 1], first) : nullptr;
             const int* members = &groups.pair[groups.start[e]];
             own.inputs.resize(groups.start[e + 1] - groups.start[e]);
             for (size_t m = 0; m < own.inputs.size(); ++m) own.inputs[m] = row(hidden_, members[m], layer.width);
-            products(down_of(layer, e), from, to, then, layer.width, own, [&](int m, int b, const f32x16* sums) {
-                add(&residual_[size_t(members[m] / layer.top_k) * wide_], nullptr, b, sums, weights_[members[m]]);
-            });
+            const auto add_to = [&](int m, int b, const f32x16* sums) {
+                add(&residual_[size_t(members[m] / layer.top_k) * wide_], nullptr, first + b, sums, weights_[members[m]]);
+            };
+            products(down_of(layer, e, first), 0, run_, then, layer.width, own, add_to);
         }
         if (last && layer.shared_width) {
             gather(own, shared_, layer.shared_width, rows_->rows);
-            products(layer.shared_down, from, to, nullptr, layer.shared_width, own,
+            products(layer.shared_down, first, first + run_, nullptr, layer.shared_width, own,
                      [&](int r, int b, const f32x16* sums) {
                          add(&residual_[size_t(r) * wide_], nullptr, b, sums, shared_weight_[r]);
                      });
@@ -485,7 +490,8 @@ class Step {
     const AnabranchModel model_;
     Team& team_;
     const PageShape shape_;
-    const int wide_, queries_, keys_, qkv_wide_;
+    const int wide_, run_;  // run_: blocks of an expert's down projection that lie together
+    const int queries_, keys_, qkv_wide_;
     const AnabranchRows* rows_ = nullptr;
     std::vector<Own> own_;
     std::vector<float> residual_, normal32_, qkv_, turned_, weights_, shared_weight_;

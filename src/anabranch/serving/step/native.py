@@ -13,7 +13,7 @@ from anabranch.serving import huge_pages
 from anabranch.serving.decoder import Decoder, Experts
 from anabranch.serving.native.library import Layer, Model, library
 from anabranch.serving.native.library import Rows as NativeRows
-from anabranch.serving.native.pack import BLOCK, pack, pack_down, pack_gate_up, pad
+from anabranch.serving.native.pack import BLOCK, in_runs, pack, pack_down, pack_gate_up, pad
 from anabranch.serving.pools import FORMATS, KvShape
 from anabranch.serving.step.base import Outputs, Rows
 from anabranch.serving.step.draw import Draw
@@ -178,7 +178,8 @@ class NativeStep:
         if experts.gate_up_EXD.is_meta:
             return None, None
         gate_up = pack_gate_up(experts.gate_up_EXD, self._weights)
-        return self._keep(gate_up), self._keep(pack_down(experts.down_EDF, self._weights))
+        down = in_runs(pack_down(experts.down_EDF, self._weights))
+        return self._keep(gate_up), self._keep(down)
 
     def _packed(self, weight_NK: Tensor) -> int:
         """Packed part by part: a large matrix is never in memory thrice."""
