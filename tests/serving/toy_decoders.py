@@ -25,7 +25,7 @@ SIZES = {
 }
 EXPERTS = {"moe_intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 3}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "mixtral": {"hidden_size": 96, "num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen3_moe": {**EXPERTS, "norm_topk_prob": True},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 56},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 3},

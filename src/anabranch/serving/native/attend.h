@@ -219,11 +219,7 @@ inline void softmax(float* scores, int length) {
     for (int i = 0; i < length; i += LANES) store(scores + i, load(scores + i) * scale);
 }
 
-// What attention needs beside its output; kept from call to call.
-struct AttentionScratch {
-    std::vector<float> numbers;
-    std::vector<Weighed> weighed;
-};
+constexpr int RUN = 4, STRIDE = RUN * PAGE;  // pages at once, and their tokens
 
 // The cached tokens of one row, as one key-value head has them.
 struct Cached {
@@ -234,49 +230,77 @@ struct Cached {
     int32_t open() const { return table[pages() - 1]; }  // the page of the row's own token
 };
 
-// Attention of one token's G queries (of one key-value head, already scaled) over its cached tokens: of some pages the
-// keys, then the values, which the cache still holds; then of the next ones. then: what is attended to after it, begun to
-// be fetched. mass: where given, a page's share of the weights is added to mass[page].
-inline void attend(const Pools& pools, const PageShape& shape, int layer, const Cached& cached, const Cached& then,
-                   int group, const float* query, float* out, AttentionScratch& scratch, float* mass) {
-    constexpr int RUN = 4, STRIDE = RUN * PAGE;  // pages at once, and their tokens
-    const int dim = shape.dim, pages = cached.pages();
+// What is attended to next, from page `first` on: begun to be fetched.
+struct Next {
+    Cached cached;
+    int first;
+};
+
+// Queries of one key-value head, already scaled, and what they have gathered from pages so far. The memory is kept from
+// call to call.
+struct Queries {
+    std::vector<float> asked, gathered, scores;  // [count][dim], [count][dim], [count][STRIDE]
+    std::vector<float> sums, tops;               // [count][pages], where the mass of pages is asked for
+    std::vector<Weighed> weighed;
+    int pages = 0;
+
+    // with_mass: the pages whose mass is asked for, 0 for none.
+    void begin(int count, int dim, int with_mass) {
+        asked.resize(size_t(count) * dim);
+        gathered.assign(size_t(count) * dim, 0.0f);
+        scores.resize(size_t(count) * STRIDE);
+        weighed.assign(count, Weighed());
+        pages = with_mass;
+        sums.resize(size_t(count) * pages);
+        tops.resize(size_t(count) * pages);
+    }
+};
+
+// Attention of `group` queries, from query `at` on, to pages `from` (a multiple of RUN) to `to`: of some pages the keys,
+// then the values, which the cache still holds; then of the next ones.
+inline void attend(const Pools& pools, const PageShape& shape, int layer, const Cached& cached, int from, int to,
+                   const Next& next, int group, int at, Queries& queries) {
+    const int dim = shape.dim;
     const int32_t* table = cached.table;
+    float *scores = &queries.scores[size_t(at) * STRIDE], *out = &queries.gathered[size_t(at) * dim];
+    const float* query = &queries.asked[size_t(at) * dim];
     const auto place = [&](int p) { return pools.head(shape, table[p], layer, cached.head); };
     // Of page `p` one run later: its keys, or its values.
     const auto later = [&](int p, bool values) {
-        const bool mine = p + RUN < pages;
-        const auto& from = mine ? cached : then;
-        const int32_t page = from.table[mine ? p + RUN : std::min(p + RUN - pages, from.pages() - 1)];
-        return pools.head(shape, page, layer, from.head) + (values ? shape.key_bytes(format_of(page)) : 0);
+        const int left = p + RUN - cached.pages();
+        const auto& of = left < 0 ? cached : next.cached;
+        const int32_t page = of.table[left < 0 ? p + RUN : std::min(next.first + left, of.pages() - 1)];
+        return pools.head(shape, page, layer, of.head) + (values ? shape.key_bytes(format_of(page)) : 0);
     };
-    auto& weighed = scratch.weighed;
-    weighed.assign(group, Weighed());
-    auto& numbers = scratch.numbers;
-    numbers.resize(std::max<size_t>(numbers.size(), group * (STRIDE + (mass ? 2 * pages : 0))));
-    float *scores = numbers.data(), *sums = scores + group * STRIDE, *tops = sums + group * pages;
-    std::fill(out, out + group * dim, 0.0f);
-    for (int first = 0; first < pages; first += RUN) {
-        const int end = std::min(first + RUN, pages), tokens = std::min(cached.length - first * PAGE, STRIDE);
+    for (int first = from; first < to; first += RUN) {
+        const int end = std::min(first + RUN, to), tokens = std::min(cached.length - first * PAGE, STRIDE);
         for (int p = first; p < end; ++p)
             page_scores(format_of(table[p]), shape, place(p), group, query, scores + (p - first) * PAGE, STRIDE,
                         later(p, false));
-        for (int g = 0; g < group; ++g) weigh(scores + g * STRIDE, tokens, weighed[g], out + g * dim, dim);
+        for (int g = 0; g < group; ++g)
+            weigh(scores + g * STRIDE, tokens, queries.weighed[at + g], out + g * dim, dim);
         for (int p = first; p < end; ++p) {
             const float* weights = scores + (p - first) * PAGE;
             page_values(format_of(table[p]), shape, place(p), std::min(cached.length - p * PAGE, PAGE), group, weights,
                         STRIDE, out, later(p, true));
-            for (int g = 0; mass && g < group; ++g) {
-                sums[g * pages + p] = sum(load(weights + g * STRIDE));
-                tops[g * pages + p] = weighed[g].top;
+            for (int g = 0; p < queries.pages && g < group; ++g) {
+                queries.sums[g * queries.pages + p] = sum(load(weights + g * STRIDE));
+                queries.tops[g * queries.pages + p] = queries.weighed[g].top;
             }
         }
     }
-    for (int g = 0; g < group; ++g) {
-        const float scale = 1.0f / weighed[g].total;
-        for (int d = 0; d < dim; d += LANES) store(out + g * dim + d, load(out + g * dim + d) * scale);
-        for (int p = 0; mass && p < pages; ++p)
-            mass[p] += sums[g * pages + p] * std::exp(tops[g * pages + p] - weighed[g].top) * scale;
+}
+
+// Weighted sums become means. mass: where given, a page's share of the weights is added to mass[page].
+inline void finish(Queries& queries, int dim, float* mass) {
+    for (size_t g = 0; g < queries.weighed.size(); ++g) {
+        const float scale = 1.0f / queries.weighed[g].total, top = queries.weighed[g].top;
+        float* out = &queries.gathered[g * dim];
+        for (int d = 0; d < dim; d += LANES) store(out + d, load(out + d) * scale);
+        for (int p = 0; mass && p < queries.pages; ++p) {
+            const size_t i = g * queries.pages + p;
+            mass[p] += queries.sums[i] * std::exp(queries.tops[i] - top) * scale;
+        }
     }
 }
 

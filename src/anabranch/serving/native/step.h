@@ -4,32 +4,15 @@
 #include <vector>
 
 #include "attend.h"
+#include "groups.h"
+#include "heads.h"
 #include "matrix.h"
-#include "model.h"
 #include "store.h"
 #include "team.h"
 
 namespace anabranch {
 
 inline int padded(int n, int to) { return (n + to - 1) / to * to; }
-
-// Rows of each expert, in order of experts and then of rows.
-struct Groups {
-    std::vector<int> start, pair, active;  // pair: row * top_k + choice
-
-    void sort(const int32_t* ids, int pairs, int experts) {
-        start.assign(experts + 1, 0);
-        pair.resize(pairs);
-        active.clear();
-        for (int i = 0; i < pairs; ++i) ++start[ids[i] + 1];
-        for (int e = 0; e < experts; ++e) {
-            if (start[e + 1]) active.push_back(e);
-            start[e + 1] += start[e];
-        }
-        std::vector<int> next(start.begin(), start.end() - 1);
-        for (int i = 0; i < pairs; ++i) pair[next[ids[i]]++] = i;
-    }
-};
 
 template <class Kind>
 class Step {
@@ -54,6 +37,9 @@ class Step {
     int run(const AnabranchRows& rows) {
         reserve(rows);
         rows_ = &rows;
+        // As many together as leave every member some tasks, and no more than the nearest cache keeps the queries of.
+        const int tasks = rows.rows * model_.kv_heads, group = model_.heads / model_.kv_heads;
+        find_alike(rows, std::min(tasks / (4 * team_.members()), MAX_QUERIES / group), alike_);
         team_.run([this](int member) { member_run(member); });
         return store_ ? store_->failed() : Store::NONE;
     }
@@ -61,7 +47,7 @@ class Step {
    private:
     struct Own {
         std::vector<float> out, probabilities;
-        AttentionScratch attention;
+        Queries queries;
         std::vector<const Act*> inputs;
         Groups groups;
     };
@@ -140,18 +126,18 @@ class Step {
             keep(&qkv_[size_t(r) * qkv_wide_], layer.qkv_bias, b, sums);
         });
         team_.meet();
-        const int tasks = rows.rows * model_.kv_heads;
+        const int heads = model_.kv_heads, tasks = static_cast<int>(alike_.size()) * heads;
         team_.share(tasks, [&](int from, int to) {
             for (int t = from; t < to; ++t) {
                 if (t + 1 < to) fetch_open(l, t + 1);
-                cache(layer, l, t);
-                if (rows.one_each) attend_one(l, t, own);
+                for (int i = 0; i < alike_[t / heads].rows; ++i) cache(layer, l, alike_[t / heads].first + i, t % heads);
+                if (rows.one_each) attend_rows(l, t, own);
             }
         });
         team_.meet();
         if (!rows.one_each) {
             team_.share(tasks, [&](int from, int to) {
-                for (int t = from; t < to; ++t) attend_one(l, t, own);
+                for (int t = from; t < to; ++t) attend_rows(l, t, own);
             });
             team_.meet();
         }
@@ -181,10 +167,10 @@ class Step {
 
     // Rotates a row's key of one key-value head and the queries of its group; caches key and value. What the
     // projection gave stays as it is: other heads may still take its norm.
-    void cache(const AnabranchLayer& layer, int l, int t) {
+    void cache(const AnabranchLayer& layer, int l, int r, int head) {
         const auto& rows = *rows_;
-        const Cached to = cached(t);
-        const int r = t / model_.kv_heads, head = to.head, dim = model_.head_dim;
+        const Cached to = cached(r, head);
+        const int dim = model_.head_dim;
         const int group = model_.heads / model_.kv_heads;
         const float* row = &qkv_[size_t(r) * qkv_wide_];
         const float* key = row + queries_ + head * dim;
@@ -203,7 +189,7 @@ class Step {
                 const float* weight = layer.q_norm + (model_.qk_norm_all ? h * dim : 0);
                 scale_by(query, weight, model_.qk_norm_all ? q_scale : inverse_rms(query, dim), dim);
             }
-            rotate(query, cosine, sine);
+            rotate(query, cosine, sine, model_.rotary_dim / 2);
             for (int d = 0; d < dim; ++d) query[d] /= std::sqrt(static_cast<float>(dim));
         }
         const int slot = (to.length - 1) % PAGE;
@@ -214,35 +200,52 @@ class Step {
             const float* weight = layer.k_norm + (model_.qk_norm_all ? head * dim : 0);
             scale_by(rotated, weight, model_.qk_norm_all ? k_scale : inverse_rms(key, dim), dim);
         }
-        rotate(rotated, cosine, sine);
+        rotate(rotated, cosine, sine, model_.rotary_dim / 2);
         const Pools pools(rows.pool);
         write_token(format_of(page), pools.head(shape_, page, l, head), slot, dim, rotated,
                     row + queries_ + keys_ + head * dim);
     }
 
-    // Task `t` of one layer: a row and a key-value head.
-    Cached cached(int t) const {
+    Cached cached(int r, int head) const {
         const auto& rows = *rows_;
-        const int r = t / model_.kv_heads;
-        return {rows.table + int64_t{rows.chain[r]} * rows.table_stride, rows.length[r], t % model_.kv_heads};
+        return {rows.table + int64_t{rows.chain[r]} * rows.table_stride, rows.length[r], head};
     }
 
-    // The page that a task writes its token into: a line of it for two channels of the key.
+    // The pages that a task writes its tokens into: a line of each for two channels of the key.
     void fetch_open(int l, int t) const {
-        const Cached to = cached(t);
-        const int32_t page = to.open();
-        fetch(Pools(rows_->pool).head(shape_, page, l, to.head), shape_.key_bytes(format_of(page)));
+        const auto& alike = alike_[t / model_.kv_heads];
+        for (int i = 0; i < alike.rows; ++i) {
+            const Cached to = cached(alike.first + i, t % model_.kv_heads);
+            const int32_t page = to.open();
+            fetch(Pools(rows_->pool).head(shape_, page, l, to.head), shape_.key_bytes(format_of(page)));
+        }
     }
 
-    void attend_one(int l, int t, Own& own) {
+    // Task `t` of one layer: rows that are alike, and a key-value head.
+    void attend_rows(int l, int t, Own& own) {
         const auto& rows = *rows_;
-        const int r = t / model_.kv_heads, group = model_.heads / model_.kv_heads, dim = model_.head_dim;
-        const Cached now = cached(t), then = cached(std::min(t + 1, rows.rows * model_.kv_heads - 1));
-        float* mass = rows.mass ? rows.mass + int64_t{t} * rows.table_stride : nullptr;
-        own.out.resize(size_t(group) * dim);
-        attend(Pools(rows.pool), shape_, l, now, then, group,
-               &turned_[size_t(r) * queries_ + size_t(now.head) * group * dim], own.out.data(), own.attention, mass);
-        Kind::write(row(attended_, r, queries_), now.head * group * dim, own.out.data(), group * dim);
+        const int heads = model_.kv_heads, head = t % heads, group = model_.heads / heads, dim = model_.head_dim;
+        const auto& alike = alike_[t / heads];
+        const int after = std::min(t + 1, static_cast<int>(alike_.size()) * heads - 1), wide = group * dim;
+        const Next then{cached(alike_[after / heads].first, after % heads), 0};
+        const Cached first = cached(alike.first, head);
+        const Pools pools(rows.pool);
+        auto& queries = own.queries;
+        queries.begin(alike.rows * group, dim, rows.mass ? first.pages() : 0);
+        for (int i = 0; i < alike.rows; ++i) {
+            const float* query = &turned_[size_t(alike.first + i) * queries_ + size_t(head) * wide];
+            std::copy(query, query + wide, &queries.asked[size_t(i) * wide]);
+        }
+        attend(pools, shape_, l, first, 0, alike.pages, {first, alike.pages}, alike.rows * group, 0, queries);
+        for (int i = 0; i < alike.rows; ++i) {
+            const Cached mine = cached(alike.first + i, head);
+            const Next next = i + 1 < alike.rows ? Next{cached(alike.first + i + 1, head), alike.pages} : then;
+            attend(pools, shape_, l, mine, alike.pages, mine.pages(), next, group, i * group, queries);
+        }
+        const int64_t task = int64_t{alike.first} * heads + head;
+        finish(queries, dim, rows.mass ? rows.mass + task * rows.table_stride : nullptr);
+        for (int i = 0; i < alike.rows; ++i)
+            Kind::write(row(attended_, alike.first + i, queries_), head * wide, &queries.gathered[size_t(i) * wide], wide);
     }
 
     // The experts of a row and their weights: softmax over all, the largest top_k, ties to the lower number.
@@ -459,26 +462,7 @@ class Step {
         }
     }
 
-    static float inverse_rms_of(const float* x, int n, float eps) {
-        f32x16 squares{};
-        for (int d = 0; d < n; d += LANES) squares += load(x + d) * load(x + d);
-        return 1.0f / std::sqrt(sum(squares) / n + eps);
-    }
-    float inverse_rms(const float* x, int n) const { return inverse_rms_of(x, n, model_.eps); }
-
-    static void scale_by(float* x, const float* weight, float scale, int n) {
-        for (int d = 0; d < n; ++d) x[d] = x[d] * scale * weight[d];
-    }
-
-    // The first and second half of the rotary dimensions are the two parts of each rotated pair.
-    void rotate(float* x, const float* cosine, const float* sine) const {
-        const int half = model_.rotary_dim / 2;
-        for (int d = 0; d < half; ++d) {
-            const float a = x[d], b = x[d + half];
-            x[d] = a * cosine[d] - b * sine[d];
-            x[d + half] = b * cosine[d] + a * sine[d];
-        }
-    }
+    float inverse_rms(const float* x, int n) const { return anabranch::inverse_rms(x, n, model_.eps); }
 
     static Act* row(std::vector<Act>& rows, int r, int numbers) { return &rows[r * Kind::row_acts(numbers)]; }
 
@@ -498,6 +482,7 @@ class Step {
     std::vector<Act> normal_, attended_, hidden_, shared_;
     std::vector<int32_t> ids_, guesses_;
     std::vector<int> order_;
+    std::vector<Alike> alike_;
     std::unique_ptr<Store> store_;
 };
 
