@@ -69,7 +69,7 @@ def allocate(shape: KvShape, kind: str, pages: int, device: torch.device | None 
 
 def decode(shape: KvShape, kind: str, raw_PB: Tensor) -> tuple[Tensor, Tensor]:
     """Keys (P, layers, heads, dim, 16) and values (P, layers, heads, 16, dim) of pages, fp32: the reference of what
-    pages.h reads."""
+    attend.h reads."""
     head_bytes = shape.page_bytes(kind) // (shape.layers * shape.heads)
     raw = raw_PB.reshape(-1, shape.layers, shape.heads, head_bytes)
     numbers, dim = PAGE * shape.dim, shape.dim
