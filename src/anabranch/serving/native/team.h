@@ -49,8 +49,7 @@ class Team {
         meet();
     }
 
-    // Returns on every member once all have called it. Spins for the microseconds that phases differ by, then
-    // yields: a machine with fewer free cores than members goes on.
+    // Returns on every member once all have called it. Spins for the microseconds that phases differ by, then sleeps.
     void meet() {
         if (members_ == 1) {
             next_.store(0, std::memory_order_relaxed);
@@ -60,11 +59,18 @@ class Team {
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == members_) {
             arrived_.store(0, std::memory_order_relaxed);
             next_.store(0, std::memory_order_relaxed);
-            round_.store(round + 1, std::memory_order_release);
+            round_.store(round + 1);
+            if (sleepers_.load()) {  // who is not counted yet will see the new round
+                std::lock_guard<std::mutex> hold(mutex_);
+                met_.notify_all();
+            }
             return;
         }
-        for (int spun = 0; round_.load(std::memory_order_acquire) == round; ++spun)
-            spun < SPINS ? breathe() : std::this_thread::yield();
+        if (spin(round)) return;
+        std::unique_lock<std::mutex> hold(mutex_);
+        sleepers_.fetch_add(1);
+        met_.wait(hold, [&] { return round_.load() != round; });
+        sleepers_.fetch_sub(1);
     }
 
     // The first of the next `run` tasks that nobody has taken since the last meeting, which may be past the last one.
@@ -79,7 +85,22 @@ class Team {
     }
 
    private:
-    static constexpr int SPINS = 20000;
+    static constexpr int SPINS = 20000, FEW = 20;
+
+    // Whether all met meanwhile. Where others take a core, two members share one, and who spins keeps the other from what
+    // it waits for: after each time in vain a thread spins less, and more again once it was worth it.
+    bool spin(uint32_t round) const {
+        static thread_local int patience = SPINS;
+        for (int spun = 0; spun < patience; ++spun) {
+            if (round_.load(std::memory_order_acquire) != round) {
+                patience = std::min(2 * patience, SPINS);
+                return true;
+            }
+            breathe();
+        }
+        patience = std::max(patience / 4, FEW);
+        return false;
+    }
 
     void serve(int member) {
         uint32_t seen = 0;
@@ -99,11 +120,11 @@ class Team {
     const int members_;
     std::vector<std::thread> threads_;
     std::mutex mutex_;
-    std::condition_variable wake_;
+    std::condition_variable wake_, met_;
     const std::function<void(int)>* work_ = nullptr;
     std::atomic<bool> closing_{false};
     std::atomic<uint32_t> turn_{0}, round_{0};
-    std::atomic<int> arrived_{0}, next_{0};
+    std::atomic<int> arrived_{0}, next_{0}, sleepers_{0};
 };
 
 }  // namespace anabranch
