@@ -1,6 +1,7 @@
 """Memory straight from the system, in huge pages where it grants them: what is streamed seldom misses the translation
 cache then. An allocator hands out what was used before, whose small pages stay small."""
 
+import math
 import mmap
 from contextlib import suppress
 
@@ -11,7 +12,7 @@ HUGE = 1 << 21
 
 
 def memory(size: int) -> mmap.mmap:
-    """So many bytes, all zero. Raises OSError where the system has not that much."""
+    """So many bytes, all zero. Raises OSError where the system has not that much, OverflowError where none could."""
     fresh = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
@@ -21,6 +22,7 @@ def memory(size: int) -> mmap.mmap:
 
 def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """As torch's `empty`, on the CPU; what is smaller than a huge page comes from there."""
-    if shape.numel() * dtype.itemsize < HUGE:
+    size = math.prod(shape) * dtype.itemsize
+    if size < HUGE:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(memory(shape.numel() * dtype.itemsize), dtype=dtype).view(shape)
+    return torch.frombuffer(memory(size), dtype=dtype).view(shape)

@@ -60,7 +60,7 @@ def allocate(shape: KvShape, kind: str, pages: int, device: torch.device | None 
         if device is None or device.type == "cpu":
             return huge_pages.empty(size, torch.uint8)
         return torch.empty(size, dtype=torch.uint8, device=device)
-    except (OSError, OverflowError, RuntimeError) as error:  # torch's own are of the last
+    except (OSError, OverflowError, torch.OutOfMemoryError) as error:
         mib = pages * shape.page_bytes(kind) >> 20
         raise ConfigError(
             f"the system does not grant {mib} MiB for pages; ask for less", setting="kv_memory_mib"

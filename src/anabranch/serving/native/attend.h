@@ -1,5 +1,10 @@
 // Attention over pages: scores of a page's keys, then its weighted values, whatever their format.
 #pragma once
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
 #include "pages.h"
 
 namespace anabranch {

@@ -34,12 +34,15 @@ struct Alike {
     int first, rows, pages;
 };
 
+inline Cached cached_of(const AnabranchRows& rows, int r, int head) {
+    return {rows.table + int64_t{rows.chain[r]} * rows.table_stride, rows.length[r], head};
+}
+
 // Full pages with which two rows begin, in whole runs.
 inline int common_pages(const AnabranchRows& rows, int r, int s) {
-    const int32_t* one = rows.table + int64_t{rows.chain[r]} * rows.table_stride;
-    const int32_t* other = rows.table + int64_t{rows.chain[s]} * rows.table_stride;
-    const int full = (std::min(rows.length[r], rows.length[s]) - 1) / PAGE;
-    return static_cast<int>(std::mismatch(one, one + full, other).first - one) / RUN * RUN;
+    const Cached one = cached_of(rows, r, 0), other = cached_of(rows, s, 0);
+    const int full = std::min(one.pages(), other.pages()) - 1;
+    return static_cast<int>(std::mismatch(one.table, one.table + full, other.table).first - one.table) / RUN * RUN;
 }
 
 // All rows, up to `most` together; each by itself where rows of one chain follow each other, or pages are weighed.

@@ -10,8 +10,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <type_traits>
-#include <vector>
 
 #include "vector.h"
 
@@ -73,10 +71,11 @@ inline void write_token(Format format, uint8_t* page, int slot, int dim, const f
                      : write_token<bf16>(page, slot, dim, key, value);
 }
 
-// What the scale of an int8 line may be: steps of an eighth of an octave, for numbers up to 119,000.
+// What the scale of an int8 line may be: steps of an eighth of an octave, for numbers up to 119,000. ONE: the place of 1.
+constexpr int ONE = 176;
 inline const std::array<float, 256> SCALES = [] {
     std::array<float, 256> made;
-    for (int i = 0; i < 256; ++i) made[i] = std::ldexp(std::exp2(i % 8 / 8.0f), i / 8 - 22);
+    for (int i = 0; i < 256; ++i) made[i] = std::ldexp(std::exp2(i % 8 / 8.0f), i / 8 - ONE / 8);
     return made;
 }();
 
@@ -89,7 +88,6 @@ inline float scale_of(const int8_t* line) {
 
 // Of the 16 lines from `lines` on, which are `stride` apart.
 inline f32x16 scales_of(const int8_t* lines, int stride) {
-    alignas(64) float scales[LANES];
 #ifdef __AVX512BW__
     if (stride == LANES) {  // a key's: four lines a register
         alignas(32) uint64_t places[4];
@@ -97,12 +95,14 @@ inline f32x16 scales_of(const int8_t* lines, int stride) {
             places[i] = _mm512_test_epi8_mask(_mm512_loadu_si512(lines + 64 * i), _mm512_set1_epi8(1));
         const __m512i whole = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(places)));
         const __m512i place = _mm512_and_si512(whole, _mm512_set1_epi32(255));
-        const __m512 eighths = _mm512_zextps256_ps512(_mm256_loadu_ps(&SCALES[22 * 8]));  // from 1 to 2
-        const __m512i of = _mm512_castps_si512(_mm512_permutexvar_ps(_mm512_and_si512(place, _mm512_set1_epi32(7)), eighths));
-        const __m512i octave = _mm512_sub_epi32(_mm512_srli_epi32(place, 3), _mm512_set1_epi32(22));
-        return reinterpret_cast<f32x16>(_mm512_add_epi32(of, _mm512_slli_epi32(octave, 23)));
+        // Of a place the lower four bits are one of two octaves from 1 on, the upper four twice as many octaves.
+        const __m512 low = _mm512_permutexvar_ps(place, _mm512_loadu_ps(&SCALES[ONE]));
+        const __m512i octaves = _mm512_slli_epi32(_mm512_srli_epi32(place, 4), 1);
+        const __m512i exponent = _mm512_slli_epi32(_mm512_sub_epi32(octaves, _mm512_set1_epi32(ONE / 8)), 23);
+        return reinterpret_cast<f32x16>(_mm512_add_epi32(_mm512_castps_si512(low), exponent));
     }
 #endif
+    float scales[LANES];
     for (int i = 0; i < LANES; ++i) scales[i] = scale_of(lines + int64_t{i} * stride);
     return load(scales);
 }

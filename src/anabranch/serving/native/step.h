@@ -130,7 +130,8 @@ class Step {
         team_.share(tasks, [&](int from, int to) {
             for (int t = from; t < to; ++t) {
                 if (t + 1 < to) fetch_open(l, t + 1);
-                for (int i = 0; i < alike_[t / heads].rows; ++i) cache(layer, l, alike_[t / heads].first + i, t % heads);
+                const auto& alike = alike_[t / heads];
+                for (int i = 0; i < alike.rows; ++i) cache(layer, l, alike.first + i, t % heads);
                 if (rows.one_each) attend_rows(l, t, own);
             }
         });
@@ -206,10 +207,7 @@ class Step {
                     row + queries_ + keys_ + head * dim);
     }
 
-    Cached cached(int r, int head) const {
-        const auto& rows = *rows_;
-        return {rows.table + int64_t{rows.chain[r]} * rows.table_stride, rows.length[r], head};
-    }
+    Cached cached(int r, int head) const { return cached_of(*rows_, r, head); }
 
     // The pages that a task writes its tokens into: a line of each for two channels of the key.
     void fetch_open(int l, int t) const {

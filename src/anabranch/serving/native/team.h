@@ -105,6 +105,7 @@ class Team {
     void serve(int member) {
         uint32_t seen = 0;
         while (true) {
+            // Always as long: a core that has halted between two steps wakes slowly.
             for (int spun = 0; turn_.load(std::memory_order_acquire) == seen && spun < SPINS; ++spun) breathe();
             if (turn_.load(std::memory_order_acquire) == seen) {
                 std::unique_lock<std::mutex> hold(mutex_);
