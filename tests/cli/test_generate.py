@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from anabranch.cli.main import app
+from anabranch.scheduling.speculation import StepTimes
 from anabranch.serving.batch.prompts import read_prompts
 from anabranch.telemetry.record import ENERGY_TOLD
 from anabranch.training.tokens import load_or_train_tokenizer
@@ -120,7 +121,12 @@ def test_both_steps_and_any_number_of_slots_give_the_same(folder: Path, prompts:
     assert others == [first] * 3
 
 
-def test_guesses_are_told_and_change_nothing(echo: Path, prompts: Path) -> None:
+def test_guesses_are_told_and_change_nothing(
+    echo: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Every step takes as long, so that guesses pay: on a busy machine one slow step can forbid them.
+    tell = StepTimes.tell
+    monkeypatch.setattr(StepTimes, "tell", lambda times, rows, _: tell(times, rows, 1.0))
     plain = run(echo, prompts, "--max-new-tokens", "60")[1]
     assert all(len(set(line["tokens"])) == 1 for line in plain)
     options = ["--max-new-tokens", "60", "--speculate", "6", "--overwrite", "--json"]

@@ -5,7 +5,7 @@ Shape suffixes as in serving/step/base.py.
 
 import heapq
 import inspect
-from ctypes import c_void_p
+from ctypes import c_int32, c_void_p
 
 import numpy as np
 import pytest
@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from anabranch.errors import ConfigError
+from anabranch.scheduling.chain import Request
 from anabranch.scheduling.pages import PAGE
+from anabranch.scheduling.scheduler import Limits
 from anabranch.serving.decoder import read_decoder
 from anabranch.serving.engine import Engine, EngineSettings
 from anabranch.serving.native.library import library
@@ -25,13 +27,26 @@ from anabranch.serving.step.native import NativeStep
 SHAPE = KvShape(layers=2, heads=3, dim=48)
 
 
+def page_of(kind: str, keys: Tensor, values: Tensor) -> Tensor:
+    """Bytes of a page (layers * heads, bytes of a head) with keys (layers, heads, dim, 16) and values (.., 16, dim)."""
+    parts = [keys, values]
+    if kind == "bfloat16":  # two lines lie number by number side by side
+        parts = [part.unflatten(-2, (-1, 2)).transpose(-1, -2) for part in parts]
+    numbers = torch.cat([part.flatten(2) for part in parts], -1).flatten(0, 1)
+    return numbers.to(getattr(torch, kind)).contiguous().view(torch.uint8)
+
+
 def quantised(shape: KvShape, source: str, kind: str, numbers: Tensor) -> tuple[Tensor, ...]:
     """A page of `numbers` (layers, heads, 2 * 16 * dim): as kept in `source` and as coded in `kind`."""
     pools = {name: allocate(shape, name, 3) for name in FORMATS}
-    pools[source][1] = numbers.to(getattr(torch, source)).view(torch.uint8).flatten()
+    keys, values = numbers.chunk(2, -1)
+    pools[source][1] = page_of(
+        source, keys.unflatten(-1, (shape.dim, PAGE)), values.unflatten(-1, (PAGE, shape.dim))
+    )
     pointers = (c_void_p * len(FORMATS))(*(pools[name].data_ptr() for name in FORMATS))
+    pages = (c_int32 * len(FORMATS))(*(len(pools[name]) for name in FORMATS))
     library().anabranch_rewrite(
-        pointers, shape.layers, shape.heads, shape.dim, first_page(source) + 1, first_page(kind) + 2
+        pointers, pages, shape.layers, shape.heads, shape.dim, first_page(source) + 1, first_page(kind) + 2
     )
     return *decode(shape, source, pools[source][1:2]), *decode(shape, kind, pools[kind][2:3])
 
@@ -127,14 +142,26 @@ def test_attention_over_codes_is_attention_over_their_numbers(model, wide, kind)
     coded = logits(40, 41)
     # The numbers of the codes, kept wide; bf16 rounds them once more.
     keys, values = decode(shape, kind, pools[kind][:2])
-    numbers = torch.cat([keys.flatten(-2), values.flatten(-2)], -1).to(getattr(torch, wide))
-    pools[wide][:2] = numbers.flatten(1).contiguous().view(torch.uint8)
+    for page in range(2):
+        pools[wide][page] = page_of(wide, keys[page], values[page])
     table[:] = wide_pages
     numbers_kept_wide = logits(40, 41)
     tolerance = 1e-5 if wide == "float32" else 2e-2
     torch.testing.assert_close(coded, numbers_kept_wide, rtol=tolerance, atol=tolerance)
     assert not torch.equal(coded, exact)
     step.close()
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_what_pages_held_before_changes_nothing(model, kind):
+    asked = [Request(tuple(range(1, 1 + n)), 9) for n in (5, 20)]
+    found = []
+    for before in (0, 255):  # zeros, and what is no number in any format
+        settings = EngineSettings(kind, step="native", threads=2, kv_memory_mib=1, limits=Limits(tokens=64))
+        with Engine(model, settings) as engine:
+            engine.pools[kind].fill_(before)
+            found.append(engine.generate(asked))
+    assert found[0] == found[1]
 
 
 def test_the_torch_step_refuses_coded_pages(model):

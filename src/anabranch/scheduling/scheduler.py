@@ -292,7 +292,7 @@ class Scheduler:
         self.running.remove(chain)
         self._free_slots.append(chain.slot)
         chain.slot, chain.left = None, chain.left + 1
-        for page in chain.pages:
+        for page in reversed(chain.pages):  # whose next holder gets them in order, to be read as a stream
             self.pool.give_back(page)
         chain.pages = []
         if not chain.kept:

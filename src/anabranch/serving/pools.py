@@ -53,13 +53,17 @@ def first_page(kind: str) -> int:
 
 
 def allocate(shape: KvShape, kind: str, pages: int, device: torch.device | None = None) -> Tensor:
-    """uint8 (pages, bytes of a page) on `device`, the CPU where it is None; there of huge memory pages where the
-    system grants them. Raises ConfigError where it has not that much memory."""
-    size = torch.Size((pages, shape.page_bytes(kind)))
+    """uint8 (pages, layers * heads, bytes of a head) on `device`, the CPU where it is None; there of huge memory pages
+    where the system grants them. Raises ConfigError where it has not that much memory.
+
+    In memory a layer and head has all its pages one after the other: what a step reads of a chain is a stream.
+    """
+    parts = shape.layers * shape.heads
+    size = torch.Size((parts, pages, shape.page_bytes(kind) // parts))
     try:
         if device is None or device.type == "cpu":
-            return huge_pages.empty(size, torch.uint8)
-        return torch.empty(size, dtype=torch.uint8, device=device)
+            return huge_pages.empty(size, torch.uint8).transpose(0, 1)
+        return torch.empty(size, dtype=torch.uint8, device=device).transpose(0, 1)
     except (OSError, OverflowError, torch.OutOfMemoryError) as error:
         mib = pages * shape.page_bytes(kind) >> 20
         raise ConfigError(
@@ -73,26 +77,26 @@ def decode(shape: KvShape, kind: str, raw_PB: Tensor) -> tuple[Tensor, Tensor]:
     head_bytes = shape.page_bytes(kind) // (shape.layers * shape.heads)
     raw = raw_PB.reshape(-1, shape.layers, shape.heads, head_bytes)
     numbers, dim = PAGE * shape.dim, shape.dim
-    if kind in ("float32", "bfloat16"):
-        keys, values = raw.view(getattr(torch, kind)).float().split(numbers, -1)
-        return keys.unflatten(-1, (dim, PAGE)), values.unflatten(-1, (PAGE, dim))
-    if kind == "int8":
-        keys, values = raw.view(torch.int8).split(numbers, -1)
-        return _scaled(keys.unflatten(-1, (dim, PAGE))), _scaled(values.unflatten(-1, (PAGE, dim)))
-    keys, values = (
-        _split(part, n) for part, n in zip(raw[..., :numbers].chunk(2, -1), (PAGE, dim), strict=True)
-    )
+    if kind != "int4":
+        keys, values = raw.view(getattr(torch, kind)).split(numbers, -1)
+        if kind == "float32":
+            return keys.unflatten(-1, (dim, PAGE)), values.unflatten(-1, (PAGE, dim))
+        lines = _parted if kind == "bfloat16" else _scaled
+        return lines(keys, PAGE).float(), lines(values, dim).float()
+    codes = torch.stack([raw[..., :numbers] & 15, raw[..., :numbers] >> 4], -1).flatten(-2)
+    keys, values = _parted(codes[..., :numbers], PAGE), _parted(codes[..., numbers:], dim)
     lines = raw[..., numbers:].view(torch.bfloat16).float().unsqueeze(-1).split([dim, dim, PAGE, PAGE], -2)
     return lines[1] + lines[0] * keys, lines[3] + lines[2] * values
 
 
-def _scaled(codes: Tensor) -> Tensor:
-    """Lines of int8 codes, each times its scale; bit i of which is in code i."""
-    place = ((codes[..., :8] & 1).int() << torch.arange(8)).sum(-1, keepdim=True)
-    return codes.float() * torch.exp2(place / 8 - 22)
+def _scaled(codes: Tensor, line: int) -> Tensor:
+    """Lines of int8 codes, each times its scale. As codes of two lines lie, those from 0 on hold the bits of the even
+    line's scale, and those from 8 on the odd line's."""
+    bits = codes.unflatten(-1, (-1, 2 * line))[..., :16].unflatten(-1, (2, 8)) & 1
+    place = (bits.int() << torch.arange(8)).sum(-1).flatten(-2, -1)
+    return _parted(codes, line) * torch.exp2(place.unsqueeze(-1) / 8 - 22)
 
 
-def _split(codes: Tensor, line: int) -> Tensor:
-    """Bytes of two lines each, as lines of 4-bit codes."""
-    bytes_of_two = codes.unflatten(-1, (-1, line))
-    return torch.stack([bytes_of_two & 15, bytes_of_two >> 4], -2).flatten(-3, -2).float()
+def _parted(numbers: Tensor, line: int) -> Tensor:
+    """Pairs of numbers of two lines each, as lines."""
+    return numbers.unflatten(-1, (-1, line, 2)).transpose(-1, -2).flatten(-3, -2)

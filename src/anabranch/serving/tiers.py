@@ -61,10 +61,10 @@ class PageTier:
         """Copy the pages of a running chain; False where they do not fit."""
         pages = self._table.pages(chain)[: pages_of(chain.held)]
         by_format = {k: [i for i in pages if FORMATS[i >> FORMAT_SHIFT] == k] for k in self._pools}
-        size = sum(len(of) * self._pools[kind].shape[1] for kind, of in by_format.items())
+        size = sum(len(of) * self._pools[kind][0].numel() for kind, of in by_format.items())
         if self.held_bytes + size > self._limit:
             return False
-        block = {kind: self._pools[kind][_indices(of)] for kind, of in by_format.items() if of}
+        block = {kind: self._pools[kind][_indices(of)].contiguous() for kind, of in by_format.items() if of}
         path, done = None, Future[Block]()
         if self._folder is None:
             done.set_result(block)

@@ -5,25 +5,11 @@
 #include <type_traits>
 #include <vector>
 
-#include "pages.h"
+#include "pairs.h"
 
 namespace anabranch {
 
 constexpr const bf16* NONE = nullptr;
-
-// Of two numbers of each token, as they lie in a page.
-template <class T>
-constexpr int PAIR_BYTES = std::is_same_v<T, int4x2> ? 1 : 2 * sizeof(T);
-
-// Channels d and d + 1 of all tokens of a page.
-template <class T>
-inline void load_pair(const T* keys, int d, f32x16& even, f32x16& odd) {
-    even = load(keys + d * PAGE);
-    odd = load(keys + (d + 1) * PAGE);
-}
-inline void load_pair(const int4x2* keys, int d, f32x16& even, f32x16& odd) {
-    split(&keys[d / 2 * PAGE].bits, even, odd);
-}
 
 // The sum of products of n numbers, n a multiple of 16.
 template <class T>
@@ -41,14 +27,14 @@ inline void two_by_two(int group, const F& f) {
     if (g < group) f(std::integral_constant<int, 1>(), g);
 }
 
-// Scores of G queries against a page's 16 keys. ahead: keys of a later page.
+// Scores of G queries against a page's 16 keys. ahead: what to ask memory for meanwhile.
 template <int G, class T>
 inline void scores_of(const T* keys, int dim, const float* query, float* scores, int64_t stride, const uint8_t* ahead) {
     f32x16 even[G] = {}, odd[G] = {};
-    for (int d = 0; d < dim; d += 2, ahead += PAGE * PAIR_BYTES<T>) {
-        fetch(ahead, PAGE * PAIR_BYTES<T>);
+    for (int d = 0; d < dim; d += 2, ahead += CHANNELS_BYTES<T>) {
+        fetch(ahead, CHANNELS_BYTES<T>);
         f32x16 key0, key1;
-        load_pair(keys, d, key0, key1);
+        load_channels(keys, d, key0, key1);
         for (int g = 0; g < G; ++g) {
             even[g] += key0 * query[g * dim + d];
             odd[g] += key1 * query[g * dim + d + 1];
@@ -57,11 +43,35 @@ inline void scores_of(const T* keys, int dim, const float* query, float* scores,
     for (int g = 0; g < G; ++g) store(scores + g * stride, even[g] + odd[g]);
 }
 
+template <int G, class T>
+inline void scores_by_products(const T* keys, int dim, const float* query, float* scores, int64_t stride,
+                               const uint8_t* ahead) {
+    constexpr int APART = 4;  // sums that need not wait for each other
+    alignas(64) int32_t pairs[G][MAX_DIM / 2];
+    f32x16 unit[G];
+    for (int g = 0; g < G; ++g) unit[g] = Products<T>::round(query + g * dim, dim, pairs[g]);
+    typename Products<T>::Sums sums[G][APART] = {};
+    for (int d = 0; d < dim / 2; d += APART)
+        for (int i = 0; i < APART; ++i, ahead += CHANNELS_BYTES<T>) {
+            fetch(ahead, CHANNELS_BYTES<T>);
+            for (int g = 0; g < G; ++g)
+                sums[g][i] = Products<T>::add(sums[g][i], keys + (d + i) * PAGE, pairs[g][d + i]);
+        }
+    for (int g = 0; g < G; ++g) {
+        f32x16 total{};
+        for (int i = 0; i < APART; ++i) total += Products<T>::in_units(sums[g][i], unit[g]);
+        store(scores + g * stride, total);
+    }
+}
+
 template <class T>
 inline void page_scores(const T* keys, int dim, int group, const float* query, float* scores, int64_t stride,
                         const uint8_t* ahead) {
     two_by_two(group, [&](auto G, int g) {
-        scores_of<G>(keys, dim, query + g * dim, scores + g * stride, stride, ahead);
+        if constexpr (Products<T>::HAS)
+            scores_by_products<G>(keys, dim, query + g * dim, scores + g * stride, stride, ahead);
+        else
+            scores_of<G>(keys, dim, query + g * dim, scores + g * stride, stride, ahead);
     });
 }
 
@@ -74,7 +84,7 @@ inline void page_scores(const T* keys, const float* scale, const bf16* zero, int
         const float* first = query + g * dim;
         for (int i = 0; i < G * dim; i += dim)
             for (int d = 0; d < dim; d += LANES) store(scaled + i + d, load(first + i + d) * load(scale + d));
-        scores_of<G>(keys, dim, scaled, scores + g * stride, stride, ahead);
+        page_scores(keys, dim, G, scaled, scores + g * stride, stride, ahead);
         for (int i = 0; zero && i < G; ++i) {
             float* of = scores + (g + i) * stride;
             store(of, load(of) + dot(first + i * dim, zero, dim));
@@ -85,39 +95,64 @@ inline void page_scores(const T* keys, const float* scale, const bf16* zero, int
 // Adds a page's values, weighted, to the outputs of G queries, WIDTH registers of each at once. Weights have the
 // tokens' scales in them; shift: what their zeros add to every number. ahead: values of a later page.
 template <int G, int WIDTH, class T>
-inline void add_values(const T* values, int dim, int tokens, const float (*weights)[PAGE], const float*, float* out,
+inline void add_values(const T* values, int dim, int tokens, const float (*weights)[PAGE], const float* shift, float* out,
                        const uint8_t* ahead) {
     f32x16 sums[G][WIDTH];
     for (int g = 0; g < G; ++g)
-        for (int j = 0; j < WIDTH; ++j) sums[g][j] = load(out + g * dim + j * LANES);
-    for (int t = 0; t < tokens; ++t, ahead += dim * sizeof(T)) {
+        for (int j = 0; j < WIDTH; ++j) sums[g][j] = load(out + g * dim + j * LANES) + shift[g];
+    for (int t = 0; t < tokens; t += PAIRED<T> ? 2 : 1, values += dim, ahead += dim * sizeof(T)) {
         fetch(ahead, WIDTH * LANES * sizeof(T));
         for (int j = 0; j < WIDTH; ++j) {
-            const f32x16 value = load(values + int64_t{t} * dim + j * LANES);
-            for (int g = 0; g < G; ++g) sums[g][j] += value * weights[g][t];
+            if constexpr (PAIRED<T>) {
+                f32x16 even, odd;
+                load_pairs(values + j * LANES, even, odd);
+                if (t + 1 == tokens) odd = f32x16{};  // of a token that is not there yet: zero times it may be no number
+                for (int g = 0; g < G; ++g) sums[g][j] += even * weights[g][t] + odd * weights[g][t + 1];
+            } else {
+                const f32x16 value = load(values + j * LANES);
+                for (int g = 0; g < G; ++g) sums[g][j] += value * weights[g][t];
+            }
         }
     }
     for (int g = 0; g < G; ++g)
         for (int j = 0; j < WIDTH; ++j) store(out + g * dim + j * LANES, sums[g][j]);
 }
 
-// An int4 page is full: all its tokens are added, two by two.
-template <int G, int WIDTH>
-inline void add_values(const int4x2* values, int dim, int, const float (*weights)[PAGE], const float* shift,
-                       float* out, const uint8_t* ahead) {
-    f32x16 sums[G][WIDTH];
-    for (int g = 0; g < G; ++g)
-        for (int j = 0; j < WIDTH; ++j) sums[g][j] = load(out + g * dim + j * LANES) + shift[g];
-    for (int t = 0; t < PAGE; t += 2, ahead += dim) {
-        fetch(ahead, WIDTH * LANES);
-        for (int j = 0; j < WIDTH; ++j) {
-            f32x16 even, odd;
-            split(&values[t / 2 * dim + j * LANES].bits, even, odd);
-            for (int g = 0; g < G; ++g) sums[g][j] += even * weights[g][t] + odd * weights[g][t + 1];
-        }
+// What zeros add is no concern of these: int4 has no such products.
+template <int G, int WIDTH, class T>
+inline void add_by_products(const T* values, int dim, int tokens, const float (*weights)[PAGE], float* out,
+                            const uint8_t* ahead) {
+    alignas(64) int32_t pairs[G][PAGE / 2];
+    f32x16 unit[G];
+    for (int g = 0; g < G; ++g) unit[g] = Products<T>::round(weights[g], PAGE, pairs[g]);
+    typename Products<T>::Sums sums[G][WIDTH] = {};
+    const auto add = [&](const T* from, int pair) {
+        for (int j = 0; j < WIDTH; ++j)
+            for (int g = 0; g < G; ++g) sums[g][j] = Products<T>::add(sums[g][j], from + j * LANES, pairs[g][pair]);
+    };
+    for (int pair = 0; pair < tokens / 2; ++pair, values += dim, ahead += dim * sizeof(T)) {
+        fetch(ahead, WIDTH * LANES * sizeof(T));
+        add(values, pair);
+    }
+    if (tokens % 2) {  // the other token is not there yet: zero times it may be no number
+        T last[WIDTH * LANES];
+        for (int i = 0; i < WIDTH * LANES; ++i) last[i] = {values[i].even, {}};
+        add(last, tokens / 2);
     }
     for (int g = 0; g < G; ++g)
-        for (int j = 0; j < WIDTH; ++j) store(out + g * dim + j * LANES, sums[g][j]);
+        for (int j = 0; j < WIDTH; ++j) {
+            float* to = out + g * dim + j * LANES;
+            store(to, load(to) + Products<T>::in_units(sums[g][j], unit[g]));
+        }
+}
+
+template <int G, int WIDTH, class T>
+inline void add_page(const T* values, int dim, int tokens, const float (*weights)[PAGE], const float* shift, float* out,
+                     const uint8_t* ahead) {
+    if constexpr (Products<T>::HAS)
+        add_by_products<G, WIDTH>(values, dim, tokens, weights, out, ahead);
+    else
+        add_values<G, WIDTH>(values, dim, tokens, weights, shift, out, ahead);
 }
 
 template <int G, class T, class S>
@@ -131,9 +166,9 @@ inline void values_of(const T* values, const S* scale, const bf16* zero, int dim
     }
     int d = 0;
     for (; d + 4 * LANES <= dim; d += 4 * LANES)
-        add_values<G, 4>(values + d, dim, tokens, scaled, shift, out + d, ahead + d * sizeof(T));
+        add_page<G, 4>(values + d, dim, tokens, scaled, shift, out + d, ahead + d * sizeof(T));
     for (; d < dim; d += LANES)
-        add_values<G, 1>(values + d, dim, tokens, scaled, shift, out + d, ahead + d * sizeof(T));
+        add_page<G, 1>(values + d, dim, tokens, scaled, shift, out + d, ahead + d * sizeof(T));
 }
 
 template <class T, class S>
@@ -151,11 +186,11 @@ inline void page_scores(Format format, const PageShape& shape, const uint8_t* pa
     if (format == KV_F32) {
         page_scores(reinterpret_cast<const float*>(page), dim, group, query, scores, stride, ahead);
     } else if (format == KV_BF16) {
-        page_scores(reinterpret_cast<const bf16*>(page), dim, group, query, scores, stride, ahead);
+        page_scores(reinterpret_cast<const bf16x2*>(page), dim, group, query, scores, stride, ahead);
     } else if (format == KV_INT8) {
-        const auto* keys = reinterpret_cast<const int8_t*>(page);
+        const auto* keys = reinterpret_cast<const int8x2*>(page);
         float scale[MAX_DIM];
-        for (int d = 0; d < dim; d += LANES) store(scale + d, scales_of(keys + d * PAGE, PAGE));
+        for (int d = 0; d < dim; d += LANES) store(scale + d, scales_of(keys + d / 2 * PAGE, PAGE));
         page_scores(keys, scale, NONE, dim, group, query, scores, stride, ahead);
     } else {
         const auto* halves = reinterpret_cast<const bf16*>(page + shape.numbers());
@@ -173,10 +208,10 @@ inline void page_values(Format format, const PageShape& shape, const uint8_t* pa
         const auto* values = reinterpret_cast<const float*>(page) + numbers;
         page_values(values, NONE, NONE, dim, tokens, group, weights, stride, out, ahead);
     } else if (format == KV_BF16) {
-        const auto* values = reinterpret_cast<const bf16*>(page) + numbers;
+        const auto* values = reinterpret_cast<const bf16x2*>(page) + numbers / 2;
         page_values(values, NONE, NONE, dim, tokens, group, weights, stride, out, ahead);
     } else if (format == KV_INT8) {
-        const auto* values = reinterpret_cast<const int8_t*>(page) + numbers;
+        const auto* values = reinterpret_cast<const int8x2*>(page) + numbers / 2;
         float scale[PAGE];
         store(scale, scales_of(values, dim));
         page_values(values, scale, NONE, dim, tokens, group, weights, stride, out, ahead);
@@ -187,44 +222,46 @@ inline void page_values(Format format, const PageShape& shape, const uint8_t* pa
     }
 }
 
-// Of one query's attention so far: the largest score, and the sum of exponentials relative to it.
+// Of one query's attention so far: what its scores are taken relative to, and their exponentials' sums by lane.
 struct Weighed {
-    float top = -INFINITY, total = 0.0f;
+    float base = -INFINITY;
+    f32x16 total{};
 };
+
+// How far above the base a score may be. As long as none is, nothing added before changes, and nobody waits for the
+// largest score: memory goes on being asked for.
+constexpr float SLACK = 8.0f;
 
 // Replaces scores by their exponentials, up to a multiple of 16 by zeros, and brings what was added to `out` before to
 // the same scale (Milakov and Gimelshein, arXiv:1805.02867).
 inline void weigh(float* scores, int count, Weighed& so_far, float* out, int dim) {
     const int padded = (count + LANES - 1) / LANES * LANES;
     for (int i = count; i < padded; ++i) scores[i] = -INFINITY;
-    f32x16 most = splat(so_far.top);
-    for (int i = 0; i < padded; i += LANES) most = larger(most, load(scores + i));
-    const float top = largest(most);
-    if (top > so_far.top && so_far.total > 0.0f) {
-        const float scale = std::exp(so_far.top - top);
+    f32x16 most = load(scores);
+    for (int i = LANES; i < padded; i += LANES) most = larger(most, load(scores + i));
+    if (any_above(most, so_far.base + SLACK)) {
+        const float top = largest(most), scale = std::exp(so_far.base - top);
+        so_far.base = top;
         so_far.total *= scale;
         for (int d = 0; d < dim; d += LANES) store(out + d, load(out + d) * scale);
     }
-    so_far.top = top;
-    f32x16 total{};
     for (int i = 0; i < padded; i += LANES) {
-        store(scores + i, exponential(load(scores + i) - top));
+        store(scores + i, exponential(load(scores + i) - so_far.base));
         if (i + LANES > count)
             for (int j = count; j < padded; ++j) scores[j] = 0.0f;
-        total += load(scores + i);
+        so_far.total += load(scores + i);
     }
-    so_far.total += sum(total);
 }
 
 // Softmax over `length` scores in place, padded with zeros to a multiple of 16.
 inline void softmax(float* scores, int length) {
     Weighed all;
     weigh(scores, length, all, nullptr, 0);
-    const float scale = 1.0f / all.total;
+    const float scale = 1.0f / sum(all.total);
     for (int i = 0; i < length; i += LANES) store(scores + i, load(scores + i) * scale);
 }
 
-constexpr int RUN = 4, STRIDE = RUN * PAGE;  // pages at once, and their tokens
+constexpr int RUN = 2, STRIDE = RUN * PAGE;  // pages at once, and their tokens
 
 // The cached tokens of one row, as one key-value head has them.
 struct Cached {
@@ -270,27 +307,27 @@ inline void attend(const Pools& pools, const PageShape& shape, int layer, const 
     float *scores = &queries.scores[size_t(at) * STRIDE], *out = &queries.gathered[size_t(at) * dim];
     const float* query = &queries.asked[size_t(at) * dim];
     const auto place = [&](int p) { return pools.head(shape, table[p], layer, cached.head); };
-    // Of page `p` one run later: its keys, or its values.
-    const auto later = [&](int p, bool values) {
-        const int left = p + RUN - cached.pages();
+    // Half `h` of the run that follows page `first`'s, as halves lie in memory: of each page its keys, then its values.
+    const auto later = [&](int first, int h) {
+        const int p = first + RUN + h / 2, left = p - cached.pages();
         const auto& of = left < 0 ? cached : next.cached;
-        const int32_t page = of.table[left < 0 ? p + RUN : std::min(next.first + left, of.pages() - 1)];
-        return pools.head(shape, page, layer, of.head) + (values ? shape.key_bytes(format_of(page)) : 0);
+        const int32_t page = of.table[left < 0 ? p : std::min(next.first + left, of.pages() - 1)];
+        return pools.head(shape, page, layer, of.head) + (h % 2 ? shape.key_bytes(format_of(page)) : 0);
     };
     for (int first = from; first < to; first += RUN) {
         const int end = std::min(first + RUN, to), tokens = std::min(cached.length - first * PAGE, STRIDE);
         for (int p = first; p < end; ++p)
             page_scores(format_of(table[p]), shape, place(p), group, query, scores + (p - first) * PAGE, STRIDE,
-                        later(p, false));
+                        later(first, p - first));
         for (int g = 0; g < group; ++g)
             weigh(scores + g * STRIDE, tokens, queries.weighed[at + g], out + g * dim, dim);
         for (int p = first; p < end; ++p) {
             const float* weights = scores + (p - first) * PAGE;
             page_values(format_of(table[p]), shape, place(p), std::min(cached.length - p * PAGE, PAGE), group, weights,
-                        STRIDE, out, later(p, true));
+                        STRIDE, out, later(first, end - first + p - first));
             for (int g = 0; p < queries.pages && g < group; ++g) {
                 queries.sums[g * queries.pages + p] = sum(load(weights + g * STRIDE));
-                queries.tops[g * queries.pages + p] = queries.weighed[g].top;
+                queries.tops[g * queries.pages + p] = queries.weighed[g].base;
             }
         }
     }
@@ -299,7 +336,7 @@ inline void attend(const Pools& pools, const PageShape& shape, int layer, const 
 // Weighted sums become means. mass: where given, a page's share of the weights is added to mass[page].
 inline void finish(Queries& queries, int dim, float* mass) {
     for (size_t g = 0; g < queries.weighed.size(); ++g) {
-        const float scale = 1.0f / queries.weighed[g].total, top = queries.weighed[g].top;
+        const float scale = 1.0f / sum(queries.weighed[g].total), top = queries.weighed[g].base;
         float* out = &queries.gathered[g * dim];
         for (int d = 0; d < dim; d += LANES) store(out + d, load(out + d) * scale);
         for (int p = 0; mass && p < queries.pages; ++p) {

@@ -42,29 +42,37 @@ inline bf16 at_least(float value) {
     return rounded;
 }
 
-// One line of n numbers in int8, the smallest scale at which all have a code in it: see scale_of. The first eight
-// codes are the nearest of those that are even or odd as the scale wants it.
-template <class T>
-void code8(const T* from, int n, int8_t* to) {
+// Where in SCALES the smallest scale is at which all numbers of a line have a code in it.
+int place_for(const float* from, int n) {
     float most = 0.0f;
-    for (int i = 0; i < n; ++i) most = std::max(most, std::fabs(widen(from[i])));
-    const auto place = std::lower_bound(SCALES.begin(), SCALES.end() - 1, most / 127.0f);
-    const auto bits = static_cast<int>(place - SCALES.begin());
-    const float inverse = 1.0f / *place;
+    for (int i = 0; i < n; ++i) most = std::max(most, std::fabs(from[i]));
+    return static_cast<int>(std::lower_bound(SCALES.begin(), SCALES.end() - 1, most / 127.0f) - SCALES.begin());
+}
+
+// The nearest code of a number; of those that are even or odd where `bit` is 0 or 1.
+int8_t code8(float number, float inverse, int bit = -1) {
+    const float wanted = std::clamp(number * inverse, -127.0f, 127.0f);
+    if (bit < 0) return static_cast<int8_t>(std::lrint(wanted));
+    const auto nearest = 2 * std::lrint((wanted - bit) / 2) + bit;
+    return static_cast<int8_t>(nearest > 127 ? 126 : nearest);
+}
+
+// Two lines of n numbers each, as they lie in an int8 page: see places_of.
+void quantise_lines(const float* from, int n, int8x2* to) {
+    const int even = place_for(from, n), odd = place_for(from + n, n);
+    const float even_inverse = 1.0f / SCALES[even], odd_inverse = 1.0f / SCALES[odd];
     for (int i = 0; i < n; ++i) {
-        const float wanted = std::clamp(widen(from[i]) * inverse, -127.0f, 127.0f);
-        const int apart = i < 8 ? 2 : 1, bit = i < 8 ? bits >> i & 1 : 0;
-        const auto nearest = apart * std::lrint((wanted - bit) / apart) + bit;
-        to[i] = static_cast<int8_t>(nearest > 127 ? 126 : nearest);
+        const int place = i < 4 ? even : odd, at = 2 * i % 8;
+        to[i].even = code8(from[i], even_inverse, i < 8 ? place >> at & 1 : -1);
+        to[i].odd = code8(from[n + i], odd_inverse, i < 8 ? place >> (at + 1) & 1 : -1);
     }
 }
 
-template <class T>
-Coded code4(const T* from, int n, uint8_t* to) {
-    float low = widen(from[0]), high = low;
+Coded code4(const float* from, int n, uint8_t* to) {
+    float low = from[0], high = low;
     for (int i = 1; i < n; ++i) {
-        low = std::min(low, widen(from[i]));
-        high = std::max(high, widen(from[i]));
+        low = std::min(low, from[i]);
+        high = std::max(high, from[i]);
     }
     Coded coded;
     narrow(&coded.zero, low);
@@ -72,25 +80,16 @@ Coded code4(const T* from, int n, uint8_t* to) {
     coded.scale = at_least((high - zero) / 15.0f);
     const float inverse = high > zero ? 1.0f / widen(coded.scale) : 0.0f;
     for (int i = 0; i < n; ++i)
-        to[i] = static_cast<uint8_t>(std::min(15L, std::max(0L, std::lrint((widen(from[i]) - zero) * inverse))));
+        to[i] = static_cast<uint8_t>(std::min(15L, std::max(0L, std::lrint((from[i] - zero) * inverse))));
     return coded;
 }
 
-template <class T>
-void quantise_int8(const T* keys, uint8_t* to, int dim) {
-    auto* codes = reinterpret_cast<int8_t*>(to);
-    for (int d = 0; d < dim; ++d) code8(keys + d * PAGE, PAGE, codes + d * PAGE);
-    const int64_t values = int64_t{PAGE} * dim;
-    for (int t = 0; t < PAGE; ++t) code8(keys + values + t * dim, dim, codes + values + t * dim);
-}
-
-template <class T>
-void quantise_int4(const T* keys, uint8_t* to, int dim) {
-    const T* values = keys + int64_t{PAGE} * dim;
+void quantise_int4(const float* keys, uint8_t* to, int dim) {
+    const float* values = keys + int64_t{PAGE} * dim;
     uint8_t* codes = to;
     auto* scale = reinterpret_cast<bf16*>(to + int64_t{PAGE} * dim);
     std::vector<uint8_t> line(2 * std::max(dim, PAGE));
-    const auto two_lines = [&](const T* from, int n, bf16* scales, bf16* zeros) {
+    const auto two_lines = [&](const float* from, int n, bf16* scales, bf16* zeros) {
         for (int i = 0; i < 2; ++i) {
             const Coded coded = code4(from + int64_t{i} * n, n, line.data() + i * n);
             scales[i] = coded.scale;
@@ -103,19 +102,41 @@ void quantise_int4(const T* keys, uint8_t* to, int dim) {
     for (int t = 0; t < PAGE; t += 2) two_lines(values + t * dim, dim, scale + t, scale + PAGE + t);
 }
 
-template <class T>
-void rewrite_head(const uint8_t* page, Format format, uint8_t* to, int dim) {
-    const T* keys = reinterpret_cast<const T*>(page);
-    const int64_t numbers = 2 * int64_t{PAGE} * dim;
-    switch (format) {
-        case KV_F32:
-            for (int64_t i = 0; i < numbers; ++i) reinterpret_cast<float*>(to)[i] = widen(keys[i]);
-            break;
-        case KV_BF16:
-            for (int64_t i = 0; i < numbers; ++i) narrow(reinterpret_cast<bf16*>(to) + i, widen(keys[i]));
-            break;
-        case KV_INT8: quantise_int8(keys, to, dim); break;
-        default: quantise_int4(keys, to, dim);
+// Two lines of n numbers each as pairs, and back.
+void join(const float* from, int n, bf16x2* to) {
+    for (int i = 0; i < n; ++i) narrow(&to[i].even, from[i]), narrow(&to[i].odd, from[n + i]);
+}
+void part(const bf16x2* from, int n, float* to) {
+    for (int i = 0; i < n; ++i) to[i] = widen(from[i].even), to[n + i] = widen(from[i].odd);
+}
+
+// Calls f(first of two lines, numbers of a line, where their pairs begin) for all lines of keys, then of values.
+template <class F>
+void by_two_lines(int dim, const F& f) {
+    const int numbers = PAGE * dim;
+    for (int d = 0; d < dim; d += 2) f(d * PAGE, PAGE, d / 2 * PAGE);
+    for (int t = 0; t < PAGE; t += 2) f(numbers + t * dim, dim, (numbers + t * dim) / 2);
+}
+
+// One layer and head of an fp32 or bf16 page, in another format.
+void rewrite_head(const uint8_t* page, Format from, uint8_t* to, Format format, int dim) {
+    const size_t numbers = 2 * size_t{PAGE} * dim;
+    std::vector<float> wide(numbers);
+    const auto* pairs = reinterpret_cast<const bf16x2*>(page);
+    if (from == KV_F32)
+        std::memcpy(wide.data(), page, numbers * sizeof(float));
+    else
+        by_two_lines(dim, [&](int at, int n, int pair) { part(pairs + pair, n, &wide[at]); });
+    if (format == KV_F32) {
+        std::memcpy(to, wide.data(), numbers * sizeof(float));
+    } else if (format == KV_BF16) {
+        by_two_lines(dim, [&](int at, int n, int pair) { join(&wide[at], n, reinterpret_cast<bf16x2*>(to) + pair); });
+    } else if (format == KV_INT8) {
+        by_two_lines(dim, [&](int at, int n, int pair) {
+            quantise_lines(&wide[at], n, reinterpret_cast<int8x2*>(to) + pair);
+        });
+    } else {
+        quantise_int4(wide.data(), to, dim);
     }
 }
 
@@ -150,19 +171,12 @@ int64_t anabranch_page_bytes(int layers, int heads, int dim, int format) {
 }
 
 // Rewrites a full fp32 or bf16 page in the format of another.
-void anabranch_rewrite(uint8_t* const* pools, int layers, int heads, int dim, int32_t from, int32_t to) {
+void anabranch_rewrite(uint8_t* const* pools, const int32_t* pages, int layers, int heads, int dim, int32_t from, int32_t to) {
     const PageShape shape{layers, heads, dim};
-    const Pools all(pools);
-    const auto format = static_cast<Format>(to >> FORMAT_SHIFT);
+    const Pools all(pools, pages);
     for (int l = 0; l < layers; ++l)
-        for (int h = 0; h < heads; ++h) {
-            const uint8_t* page = all.head(shape, from, l, h);
-            uint8_t* out = all.head(shape, to, l, h);
-            if (from >> FORMAT_SHIFT == KV_F32)
-                rewrite_head<float>(page, format, out, dim);
-            else
-                rewrite_head<bf16>(page, format, out, dim);
-        }
+        for (int h = 0; h < heads; ++h)
+            rewrite_head(all.head(shape, from, l, h), format_of(from), all.head(shape, to, l, h), format_of(to), dim);
 }
 
 // Rows of x, sorted into groups; group e, which ends before ends[e], is multiplied with matrix e of `weights`

@@ -51,6 +51,7 @@ class Rows(ctypes.Structure):
         *((name, c_int32) for name in ("rows", "wanted", "one_each", "table_stride")),
         *((name, c_void_p) for name in ("token", "position", "length", "chain", "table", "want")),
         ("pool", c_void_p * 4),
+        ("pool_pages", c_int32 * 4),
         *((name, c_void_p) for name in ("logits", "best", "log_total", "routed", "mass")),
     )
 
@@ -83,7 +84,7 @@ def library() -> ctypes.CDLL:
     made.anabranch_draw.restype = None
     made.anabranch_page_bytes.argtypes = [c_int, c_int, c_int, c_int]
     made.anabranch_page_bytes.restype = c_int64
-    made.anabranch_rewrite.argtypes = [POINTER(c_void_p), c_int, c_int, c_int, c_int32, c_int32]
+    made.anabranch_rewrite.argtypes = [POINTER(c_void_p), POINTER(c_int32), *[c_int] * 3, *[c_int32] * 2]
     made.anabranch_rewrite.restype = None
     made.anabranch_product.argtypes = [*[c_void_p] * 4, *[c_int] * 3]
     made.anabranch_product.restype = None

@@ -62,6 +62,7 @@ struct AnabranchRows {
     const int32_t* table;     // [chains][table_stride] page numbers
     const int32_t* want;      // [wanted] rows whose logits are wanted
     uint8_t* pool[4];         // by format
+    int32_t pool_pages[4];    // how many there are of each
     float* logits;            // [wanted][vocab padded to 32]
     int32_t* best;            // [wanted] the most probable token
     float* log_total;         // [wanted] log of the sum of exponentials of the logits

@@ -1,11 +1,13 @@
 // Keys and values in pages of 16 tokens, and attention over them.
 //
 // A page holds, for each layer and key-value head, keys as [head_dim][16] (a register is one channel of all tokens:
-// scores need no sum across lanes) and values as [16][head_dim]. In int8 a line of these, a key's channel or a token's
-// value, has a scale, kept in the lowest bits of its first eight codes: an int8 page is half a bf16 one to the byte. In
-// int4 a line has a bf16 scale and zero beside its codes (number = zero + scale * code). Both are folded into what they
-// are multiplied with: no number is restored. A byte of int4 holds two neighbouring channels of a key (the even one in
-// its low half), or two neighbouring tokens of a value.
+// scores need no sum across lanes) and values as [16][head_dim]. Unless they are fp32, two neighbouring lines of these,
+// channels of keys or tokens of values, lie number by number side by side: [head_dim / 2][16][2] and [8][head_dim][2].
+// In int8 a line has a scale, kept in the lowest bits of some of its codes: an int8 page is half a bf16 one to the byte.
+// In int4 a line has a bf16 scale and zero beside its codes (number = zero + scale * code), and of a byte the low half is
+// the even line's. Scales are folded into what codes are multiplied with: no number is restored.
+//
+// A pool holds all pages of one layer and head, then those of the next: what is read of a chain lies together.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -24,6 +26,12 @@ enum Format : int32_t { KV_F32 = 0, KV_BF16 = 1, KV_INT8 = 2, KV_INT4 = 3, FORMA
 // Two codes of 4 bits.
 struct int4x2 {
     uint8_t bits;
+};
+struct int8x2 {
+    int8_t even, odd;
+};
+struct bf16x2 {
+    bf16 even, odd;
 };
 
 inline Format format_of(int32_t page) { return static_cast<Format>(page >> FORMAT_SHIFT); }
@@ -47,28 +55,39 @@ struct PageShape {
 
 struct Pools {
     uint8_t* data[FORMATS];
+    int32_t pages[FORMATS];
 
-    explicit Pools(uint8_t* const* pools) { std::copy(pools, pools + FORMATS, data); }
+    Pools(uint8_t* const* pools, const int32_t* counts) {
+        std::copy(pools, pools + FORMATS, data);
+        std::copy(counts, counts + FORMATS, pages);
+    }
 
     uint8_t* head(const PageShape& shape, int32_t page, int layer, int head) const {
         const auto format = format_of(page);
         const int64_t index = page & ((1 << FORMAT_SHIFT) - 1);
-        return data[format] + index * shape.page_bytes(format) + layer * shape.layer_bytes(format) +
-               head * shape.head_bytes(format);
+        const int64_t region = int64_t{layer} * shape.heads + head;
+        return data[format] + (region * pages[format] + index) * shape.head_bytes(format);
     }
 };
 
-template <class T>
-inline void write_token(uint8_t* page, int slot, int dim, const float* key, const float* value) {
-    T* keys = reinterpret_cast<T*>(page);
-    T* values = keys + int64_t{PAGE} * dim;
-    for (int d = 0; d < dim; ++d) narrow(keys + d * PAGE + slot, key[d]);
-    for (int d = 0; d < dim; ++d) narrow(values + slot * dim + d, value[d]);
+inline void write_token(float* keys, int slot, int dim, const float* key, const float* value) {
+    float* values = keys + int64_t{PAGE} * dim;
+    for (int d = 0; d < dim; ++d) keys[d * PAGE + slot] = key[d];
+    for (int d = 0; d < dim; ++d) values[slot * dim + d] = value[d];
+}
+
+inline void write_token(bf16x2* keys, int slot, int dim, const float* key, const float* value) {
+    bf16x2* values = keys + int64_t{PAGE} / 2 * dim + slot / 2 * dim;
+    for (int d = 0; d < dim; d += 2) {
+        narrow(&keys[d / 2 * PAGE + slot].even, key[d]);
+        narrow(&keys[d / 2 * PAGE + slot].odd, key[d + 1]);
+    }
+    for (int d = 0; d < dim; ++d) narrow(slot % 2 ? &values[d].odd : &values[d].even, value[d]);
 }
 
 inline void write_token(Format format, uint8_t* page, int slot, int dim, const float* key, const float* value) {
-    format == KV_F32 ? write_token<float>(page, slot, dim, key, value)
-                     : write_token<bf16>(page, slot, dim, key, value);
+    format == KV_F32 ? write_token(reinterpret_cast<float*>(page), slot, dim, key, value)
+                     : write_token(reinterpret_cast<bf16x2*>(page), slot, dim, key, value);
 }
 
 // What the scale of an int8 line may be: steps of an eighth of an octave, for numbers up to 119,000. ONE: the place of 1.
@@ -79,32 +98,45 @@ inline const std::array<float, 256> SCALES = [] {
     return made;
 }();
 
-// Of an int8 line: bit i of the scale's place in SCALES is the lowest bit of code i. The product moves them together.
-inline float scale_of(const int8_t* line) {
-    uint64_t codes;
-    std::memcpy(&codes, line, sizeof codes);
-    return SCALES[(codes & 0x0101010101010101) * 0x0102040810204080 >> 56];
+// Where the scales of two int8 lines are in SCALES, the even line's in the low byte: the lowest bits of the first 16 codes
+// of both, as they lie.
+inline uint16_t places_of(const int8x2* lines) {
+#ifdef __AVX512BW__
+    return _mm_test_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lines)), _mm_set1_epi8(1));
+#else
+    uint64_t codes[2];
+    std::memcpy(codes, lines, sizeof codes);
+    const auto gathered = [](uint64_t eight) { return (eight & 0x0101010101010101) * 0x0102040810204080 >> 56; };
+    return static_cast<uint16_t>(gathered(codes[0]) | gathered(codes[1]) << 8);
+#endif
 }
 
-// Of the 16 lines from `lines` on, which are `stride` apart.
-inline f32x16 scales_of(const int8_t* lines, int stride) {
+// Of 16 lines; `stride` pairs are between the beginnings of two pairs of lines.
+inline f32x16 scales_of(const int8x2* lines, int stride) {
+    uint64_t two[4];  // places of four lines each
+    for (int i = 0; i < 4; ++i) {
+        const int8x2* at = lines + int64_t{2 * i} * stride;
 #ifdef __AVX512BW__
-    if (stride == LANES) {  // a key's: four lines a register
-        alignas(32) uint64_t places[4];
-        for (int i = 0; i < 4; ++i)
-            places[i] = _mm512_test_epi8_mask(_mm512_loadu_si512(lines + 64 * i), _mm512_set1_epi8(1));
-        const __m512i whole = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(places)));
-        const __m512i place = _mm512_and_si512(whole, _mm512_set1_epi32(255));
-        // Of a place the lower four bits are one of two octaves from 1 on, the upper four twice as many octaves.
-        const __m512 low = _mm512_permutexvar_ps(place, _mm512_loadu_ps(&SCALES[ONE]));
-        const __m512i octaves = _mm512_slli_epi32(_mm512_srli_epi32(place, 4), 1);
-        const __m512i exponent = _mm512_slli_epi32(_mm512_sub_epi32(octaves, _mm512_set1_epi32(ONE / 8)), 23);
-        return reinterpret_cast<f32x16>(_mm512_add_epi32(_mm512_castps_si512(low), exponent));
-    }
+        if (stride == LANES) {  // both pairs of lines are one register
+            const uint64_t bits = _mm512_test_epi8_mask(_mm512_loadu_si512(at), _mm512_set1_epi8(1));
+            two[i] = (bits & 0xffff) | (bits >> 16 & 0xffff0000);
+            continue;
+        }
 #endif
+        two[i] = places_of(at) | uint64_t{places_of(at + stride)} << 16;
+    }
+#ifdef __AVX512F__
+    const __m512i place = _mm512_cvtepu8_epi32(_mm_set_epi64x(two[2] | two[3] << 32, two[0] | two[1] << 32));
+    // Of a place the lower four bits are one of two octaves from 1 on, the upper four twice as many octaves.
+    const __m512 low = _mm512_permutexvar_ps(place, _mm512_loadu_ps(&SCALES[ONE]));
+    const __m512i octaves = _mm512_slli_epi32(_mm512_srli_epi32(place, 4), 1);
+    const __m512i exponent = _mm512_slli_epi32(_mm512_sub_epi32(octaves, _mm512_set1_epi32(ONE / 8)), 23);
+    return reinterpret_cast<f32x16>(_mm512_add_epi32(_mm512_castps_si512(low), exponent));
+#else
     float scales[LANES];
-    for (int i = 0; i < LANES; ++i) scales[i] = scale_of(lines + int64_t{i} * stride);
+    for (int i = 0; i < LANES; ++i) scales[i] = SCALES[two[i / 4] >> 8 * (i % 4) & 255];
     return load(scales);
+#endif
 }
 
 // Asks for the lines that so many bytes at `ahead` are in. Pages lie anywhere in memory, where the processor guesses

@@ -13,6 +13,7 @@ constexpr int LANES = 16;
 using f32x16 = float __attribute__((vector_size(64)));
 using i32x16 = int32_t __attribute__((vector_size(64)));
 using u32x16 = uint32_t __attribute__((vector_size(64)));
+using i16x16 = int16_t __attribute__((vector_size(32)));
 using u16x16 = uint16_t __attribute__((vector_size(32)));
 using i8x16 = int8_t __attribute__((vector_size(16)));
 using u8x16 = uint8_t __attribute__((vector_size(16)));
@@ -102,18 +103,23 @@ inline int32_t sum(i32x16 v) {
     return total;
 }
 
-inline float widen(float v) { return v; }
-inline float widen(bf16 v) {
-    uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
+inline uint32_t bits_of(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    return bits;
 }
+inline float float_of(uint32_t bits) {
+    float v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+inline float widen(float v) { return v; }
+inline float widen(bf16 v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
 
 inline void narrow(float* p, float v) { *p = v; }
 inline void narrow(bf16* p, float v) {
-    uint32_t bits;
-    std::memcpy(&bits, &v, sizeof bits);
+    const uint32_t bits = bits_of(v);
     p->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
@@ -139,6 +145,14 @@ inline float largest(f32x16 v) {
     float most = lane[0];
     for (int i = 1; i < LANES; ++i) most = lane[i] > most ? lane[i] : most;
     return most;
+#endif
+}
+
+inline bool any_above(f32x16 v, float limit) {
+#ifdef __AVX512F__
+    return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), _mm512_set1_ps(limit), _CMP_GT_OQ);
+#else
+    return largest(v) > limit;
 #endif
 }
 

@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_void_p
+from ctypes import c_int32, c_void_p
 
 import numpy as np
 import torch
@@ -68,6 +68,7 @@ class NativeStep:
         self._pointers = (c_void_p * len(FORMATS))(
             *(pools[kind].data_ptr() if kind in pools else None for kind in FORMATS)
         )
+        self._pages = (c_int32 * len(FORMATS))(*(len(pools.get(kind, ())) for kind in FORMATS))
         self._layers = (Layer * len(decoder.layers))(
             *(self._layer(decoder, i) for i in range(len(decoder.layers)))
         )
@@ -99,7 +100,7 @@ class NativeStep:
         native = NativeRows(
             len(rows.token_T), wanted, int(rows.one_each), stride,
             rows.token_T.ctypes.data, rows.position_T.ctypes.data, rows.length_T.ctypes.data,
-            rows.chain_T.ctypes.data, rows.table_CP.ctypes.data, rows.want_W.ctypes.data, self._pointers,
+            rows.chain_T.ctypes.data, rows.table_CP.ctypes.data, rows.want_W.ctypes.data, self._pointers, self._pages,
             self._logits_WV.data_ptr(), self._best_W.ctypes.data, self._log_total_W.ctypes.data,
             *(None if asked is None else asked.ctypes.data for asked in (routed_LTK, mass_TGP)),
         )  # fmt: skip
@@ -134,7 +135,8 @@ class NativeStep:
     def rewrite(self, page: int, to: int) -> None:
         """Rewrite a full page in the format of page `to`."""
         shape = self.kv_shape
-        self._library.anabranch_rewrite(self._pointers, shape.layers, shape.heads, shape.dim, page, to)
+        sizes = shape.layers, shape.heads, shape.dim
+        self._library.anabranch_rewrite(self._pointers, self._pages, *sizes, page, to)
 
     def close(self) -> None:
         if self._handle:

@@ -34,7 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Paged(NamedTuple):
     """What attention needs of a step. by_chain: for each chain its rows, its pages and their tokens."""
 
-    keys: Tensor  # (pages, layers, G, D, 16), as pages.h lays them out
+    keys: Tensor  # (pages, layers, G, D, 16)
     values: Tensor  # (pages, layers, G, 16, D)
     page_T: Tensor
     slot_T: Tensor
@@ -57,10 +57,9 @@ class TorchStep:
             )
         self.model, self.vocab = model, model.config.get_text_config().vocab_size
         self.routing = False
-        numbers = PAGE * kv_shape.dim
-        parts = pools[kind].view(DTYPES[kind]).view(-1, kv_shape.layers, kv_shape.heads, 2, numbers)
-        self.keys = parts[:, :, :, 0].unflatten(-1, (kv_shape.dim, PAGE))
-        self.values = parts[:, :, :, 1].unflatten(-1, (PAGE, kv_shape.dim))
+        numbers = pools[kind].view(DTYPES[kind]).unflatten(1, (kv_shape.layers, -1)).unflatten(-1, (2, -1))
+        self.keys = numbers[..., 0, :].unflatten(-1, (kv_shape.dim, PAGE))
+        self.values = numbers[..., 1, :].unflatten(-1, (PAGE, kv_shape.dim))
         # Masked numbers are multiplied by zero, which NaN of untouched memory would survive.
         pools[kind].zero_()
         AttentionInterface.register(NAME, paged_attention)
