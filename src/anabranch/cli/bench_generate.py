@@ -7,17 +7,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from anabranch.cli.cluster_book import comparable, rows_of
 from anabranch.cli.generate_cases import TIMED_S, TRAINED, VLLM, GenerateCase, Sizes, fit, sizes_of, wanted
-from anabranch.cli.generate_engines import Rate
+from anabranch.cli.generate_engines import Rate, Turn
 from anabranch.cli.launch import launch
 from anabranch.cli.process import say
 from anabranch.cli.roofs import measure_roof, typical
 from anabranch.cli.steal import Steal
 from anabranch.cli.vllm_process import VllmProcess
-from anabranch.costs.decode import Roof, decode_bound
+from anabranch.costs.decode import Bound, Roof, decode_bound
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.scheduling.pages import PAGE
 from anabranch.serving.loading import load_config, positions_of
@@ -40,10 +41,10 @@ class Model(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Of one case. roof: as it was meanwhile. stolen: the part of all CPU time a hypervisor took."""
+    """Of one case. stolen: the part of all CPU time a hypervisor took."""
 
     rate: Rate
-    roof: Roof
+    turns: list[Turn]
     stolen: float
 
 
@@ -101,11 +102,11 @@ def _measured(folder: Path, case: GenerateCase, vllm: VllmProcess | None, timed_
         if case.engine == VLLM:
             assert vllm is not None
             before, rate = measure_roof(case.dtype), vllm.measure(case, timed_s)
-            roof = typical([before, measure_roof(case.dtype)])
+            turns = [Turn(rate.tokens_per_s, typical([before, measure_roof(case.dtype)]))]
         else:
             told = launch("measure_generate", settings, 1)
-            rate, roof = Rate(**told["rate"]), Roof(**told["roof"])
-        found.append(Measured(rate, roof, steal.part()))
+            rate, turns = Rate(**told["rate"]), [Turn(speed, Roof(**roof)) for speed, roof in told["turns"]]
+        found.append(Measured(rate, turns, steal.part()))
     return min(found, key=lambda measured: measured.stolen)
 
 
@@ -132,12 +133,19 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def _row(model: Model, sizes: Sizes, case: GenerateCase, measured: Measured) -> dict[str, Any]:
-    rate, roof = measured.rate, measured.roof
+    rate, roof = measured.rate, typical([turn.roof for turn in measured.turns])
     kv_bytes = sizes.kv.page_bytes("bfloat16" if case.kv_dtype == "float16" else case.kv_dtype) / PAGE
     # Half of the new tokens are cached in the mean; prompts that samples share are read once.
     cached = case.batch * (case.prompt_tokens / case.samples + case.new_tokens / 2)
     attended = case.batch * (case.prompt_tokens + case.new_tokens / 2)
-    bound = decode_bound(sizes.decode, roof, case.batch, cached, WEIGHT_BYTES[case.dtype], kv_bytes, attended)
+
+    def bound_at(roof: Roof) -> Bound:
+        weight_bytes = WEIGHT_BYTES[case.dtype]
+        return decode_bound(sizes.decode, roof, case.batch, cached, weight_bytes, kv_bytes, attended)
+
+    bound = bound_at(roof)
+    # Memory's speed changes by half within seconds: each turn is held against the roof of its own time.
+    fractions = [turn.tokens_per_s * bound_at(turn.roof).step_ms for turn in measured.turns]
     return {
         "model": model.name,
         **asdict(case),
@@ -147,7 +155,7 @@ def _row(model: Model, sizes: Sizes, case: GenerateCase, measured: Measured) -> 
         "threads": os.cpu_count(),
         "bytes_per_token": round(bound.read_bytes / case.batch),
         "roof_tokens_per_s": round(1e3 * case.batch / bound.step_ms, 1),
-        "roof_fraction": round(rate.tokens_per_s * bound.step_ms / 1e3 / case.batch, 4),
+        "roof_fraction": round(median(fractions) / 1e3 / case.batch, 4),
         "bound_by": bound.by,
         "read_gbps": round(roof.read_gbps, 1),
         "gflops": round(roof.gflops, 1),

@@ -44,8 +44,8 @@ from anabranch.serving.loading import load_config
 from anabranch.telemetry.memory import resident_bytes
 
 MIB = 1 << 20
-# Parts of a run, and of all runs of a case: before each of these, and at the end, the roofs are measured.
-ROUNDS, TURNS = 3, 2
+# Parts of a run, and turns of a case, which are whole runs: before each of these, and at the end, roofs are measured.
+ROUNDS, TURNS = 3, 4
 
 # Runs a case once: when so many tokens of all chains were there, from the first of every chain on.
 Mark = tuple[float, int]
@@ -61,20 +61,30 @@ class Rate(NamedTuple):
     resident_mib: float
 
 
+class Turn(NamedTuple):
+    """Runs between two measurements of the roofs. roof: the mean of both."""
+
+    tokens_per_s: float
+    roof: Roof
+
+
 def measure_rank(settings: dict[str, Any]) -> dict[str, Any]:
-    """The job of one process: the rate of one case, and the roofs meanwhile."""
+    """The job of one process: the rate of one case, and its turns."""
     case = GenerateCase(**settings["case"])
     torch.set_num_threads(os.cpu_count() or 1)
     with ENGINES[case.engine](Path(settings["model"]), case) as run:
-        rates, roofs, spent_s = list[float](), list[Roof](), 0.0
+        rates, turns, spent_s, before = list[float](), list[Turn](), 0.0, measure_roof(case.dtype)
         while spent_s < settings["timed_s"]:
-            if spent_s >= len(roofs) * settings["timed_s"] / TURNS:
-                roofs.append(measure_roof(case.dtype))
-            marks = run()
-            rates += [(n - n0) / (s - s0) for (s0, n0), (s, n) in pairwise(marks)]
-            spent_s += marks[-1][0] - marks[0][0]
-        rate = rate_of_parts(rates, held_mib())
-        return {"rate": rate._asdict(), "roof": asdict(typical([*roofs, measure_roof(case.dtype)]))}
+            mine: list[float] = []
+            while not mine or spent_s < (len(turns) + 1) * settings["timed_s"] / TURNS:
+                marks = run()
+                mine += [(n - n0) / (s - s0) for (s0, n0), (s, n) in pairwise(marks)]
+                spent_s += marks[-1][0] - marks[0][0]
+            after = measure_roof(case.dtype)
+            turns.append(Turn(statistics.median(mine), typical([before, after])))
+            rates, before = rates + mine, after
+        told = [(turn.tokens_per_s, asdict(turn.roof)) for turn in turns]
+        return {"rate": rate_of_parts(rates, held_mib())._asdict(), "turns": told}
 
 
 def rate_of_parts(rates: list[float], resident_mib: float) -> Rate:

@@ -65,14 +65,9 @@ class Bound(NamedTuple):
 
 
 def decode_bound(
-    shape: DecodeShape,
-    roof: Roof,
-    chains: int,
-    cached: float,
-    weight_bytes: float,
-    kv_bytes: float,
+    shape: DecodeShape, roof: Roof, chains: int, cached: float, weight_bytes: float, kv_bytes: float,
     attended: float | None = None,
-) -> Bound:
+) -> Bound:  # fmt: skip
     """One token of each of `chains`.
 
     cached: distinct cached tokens that all of them read together; a prompt that they share counts once.

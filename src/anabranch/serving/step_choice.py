@@ -31,14 +31,9 @@ class Chosen(NamedTuple):
 
 
 def choose_step(
-    model: PreTrainedModel,
-    weights: str,
-    shape: KvShape,
-    pools: dict[str, Tensor],
-    settings: EngineSettings,
-    limits: Limits,
-    checkpoint: Checkpoint | None,
-) -> Chosen:
+    model: PreTrainedModel, weights: str, shape: KvShape, pools: dict[str, Tensor], settings: EngineSettings,
+    limits: Limits, checkpoint: Checkpoint | None,
+) -> Chosen:  # fmt: skip
     """weights: their format. checkpoint: what they are in, under a memory limit.
 
     Raises ConfigError and BuildError where the wanted step is not to be had.
@@ -109,13 +104,9 @@ def _require_only_attention(model: PreTrainedModel, tokens: int) -> None:
 
 
 def _step_with_store(
-    skeleton: PreTrainedModel,
-    weights: str,
-    pools: dict[str, Tensor],
-    settings: EngineSettings,
-    limits: Limits,
+    skeleton: PreTrainedModel, weights: str, pools: dict[str, Tensor], settings: EngineSettings, limits: Limits,
     checkpoint: Checkpoint,
-) -> NativeStep:
+) -> NativeStep:  # fmt: skip
     assert settings.memory_limit_mib is not None
     decoder = read_decoder(skeleton, checkpoint.filled)
     store = ExpertStore(checkpoint, decoder, weights, settings.memory_limit_mib, Path(settings.store_folder))

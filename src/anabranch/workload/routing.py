@@ -122,16 +122,8 @@ def find_workload(name: str) -> Workload:
 
 
 def routing_counts(
-    name: str,
-    *,
-    ranks: int,
-    experts: int,
-    tokens: int,
-    top_k: int,
-    max_mean: float,
-    step: int = 0,
-    seed: int = 0,
-) -> IntArray:
+    name: str, *, ranks: int, experts: int, tokens: int, top_k: int, max_mean: float, step: int = 0, seed: int = 0
+) -> IntArray:  # fmt: skip
     """Rows that each source rank routes to each expert: int64 (R, E).
 
     tokens: tokens a source rank, the mean over ranks for W4. max_mean: the wanted rank max/mean, met within
@@ -142,16 +134,8 @@ def routing_counts(
 
 
 def routing_ids(
-    name: str,
-    *,
-    ranks: int,
-    experts: int,
-    tokens: int,
-    top_k: int,
-    max_mean: float,
-    step: int = 0,
-    seed: int = 0,
-) -> list[IntArray]:
+    name: str, *, ranks: int, experts: int, tokens: int, top_k: int, max_mean: float, step: int = 0, seed: int = 0
+) -> list[IntArray]:  # fmt: skip
     """Token-level top-k ids, one int64 (S, K) array a source rank; distinct experts within each token.
 
     S is `tokens` for every rank but in W4. Counting the ids gives `routing_counts` of the same arguments.
