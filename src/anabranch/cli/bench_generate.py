@@ -18,7 +18,7 @@ from anabranch.cli.process import say
 from anabranch.cli.roofs import measure_roof, typical
 from anabranch.cli.steal import Steal
 from anabranch.cli.vllm_process import VllmProcess
-from anabranch.costs.decode import Bound, Roof, decode_bound
+from anabranch.costs.decode import Roof, decode_bound
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.scheduling.pages import PAGE
 from anabranch.serving.loading import load_config, positions_of
@@ -49,12 +49,9 @@ class Measured(NamedTuple):
 
 
 def bench_generate(
-    models: list[Model],
-    cases: list[GenerateCase],
-    vllm_python: Path | None,
-    held: Sequence[dict[str, Any]] = (),
+    models: list[Model], cases: list[GenerateCase], vllm_python: Path | None, held: Sequence[dict[str, Any]] = (),
     timed_s: float = TIMED_S,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A row a case, as it is measured, in a process of its own; engines at one size one after the other, for what a
     shared machine can do changes within minutes. Therefore roofs, too, are measured with each.
 
@@ -138,14 +135,10 @@ def _row(model: Model, sizes: Sizes, case: GenerateCase, measured: Measured) -> 
     # Half of the new tokens are cached in the mean; prompts that samples share are read once.
     cached = case.batch * (case.prompt_tokens / case.samples + case.new_tokens / 2)
     attended = case.batch * (case.prompt_tokens + case.new_tokens / 2)
-
-    def bound_at(roof: Roof) -> Bound:
-        weight_bytes = WEIGHT_BYTES[case.dtype]
-        return decode_bound(sizes.decode, roof, case.batch, cached, weight_bytes, kv_bytes, attended)
-
-    bound = bound_at(roof)
+    work = case.batch, cached, WEIGHT_BYTES[case.dtype], kv_bytes, attended
+    bound = decode_bound(sizes.decode, roof, *work)
     # Memory's speed changes by half within seconds: each turn is held against the roof of its own time.
-    fractions = [turn.tokens_per_s * bound_at(turn.roof).step_ms for turn in measured.turns]
+    fractions = [t.tokens_per_s * decode_bound(sizes.decode, t.roof, *work).step_ms for t in measured.turns]
     return {
         "model": model.name,
         **asdict(case),

@@ -83,8 +83,8 @@ def measure_rank(settings: dict[str, Any]) -> dict[str, Any]:
             after = measure_roof(case.dtype)
             turns.append(Turn(statistics.median(mine), typical([before, after])))
             rates, before = rates + mine, after
-        told = [(turn.tokens_per_s, asdict(turn.roof)) for turn in turns]
-        return {"rate": rate_of_parts(rates, held_mib())._asdict(), "turns": told}
+        rate = rate_of_parts(rates, held_mib())._asdict()
+        return {"rate": rate, "turns": [(turn.tokens_per_s, asdict(turn.roof)) for turn in turns]}
 
 
 def rate_of_parts(rates: list[float], resident_mib: float) -> Rate:

@@ -81,8 +81,8 @@ def decode(shape: KvShape, kind: str, raw_PB: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = raw.view(getattr(torch, kind)).split(numbers, -1)
         if kind == "float32":
             return keys.unflatten(-1, (dim, PAGE)), values.unflatten(-1, (PAGE, dim))
-        lines = _parted if kind == "bfloat16" else _scaled
-        return lines(keys, PAGE).float(), lines(values, dim).float()
+        read = _parted if kind == "bfloat16" else _scaled
+        return read(keys, PAGE).float(), read(values, dim).float()
     codes = torch.stack([raw[..., :numbers] & 15, raw[..., :numbers] >> 4], -1).flatten(-2)
     keys, values = _parted(codes[..., :numbers], PAGE), _parted(codes[..., numbers:], dim)
     lines = raw[..., numbers:].view(torch.bfloat16).float().unsqueeze(-1).split([dim, dim, PAGE, PAGE], -2)

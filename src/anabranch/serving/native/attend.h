@@ -64,14 +64,19 @@ inline void scores_by_products(const T* keys, int dim, const float* query, float
     }
 }
 
+template <int G, class T>
+inline void score_page(const T* keys, int dim, const float* query, float* scores, int64_t stride, const uint8_t* ahead) {
+    if constexpr (Products<T>::HAS)
+        scores_by_products<G>(keys, dim, query, scores, stride, ahead);
+    else
+        scores_of<G>(keys, dim, query, scores, stride, ahead);
+}
+
 template <class T>
 inline void page_scores(const T* keys, int dim, int group, const float* query, float* scores, int64_t stride,
                         const uint8_t* ahead) {
     two_by_two(group, [&](auto G, int g) {
-        if constexpr (Products<T>::HAS)
-            scores_by_products<G>(keys, dim, query + g * dim, scores + g * stride, stride, ahead);
-        else
-            scores_of<G>(keys, dim, query + g * dim, scores + g * stride, stride, ahead);
+        score_page<G>(keys, dim, query + g * dim, scores + g * stride, stride, ahead);
     });
 }
 
@@ -84,7 +89,7 @@ inline void page_scores(const T* keys, const float* scale, const bf16* zero, int
         const float* first = query + g * dim;
         for (int i = 0; i < G * dim; i += dim)
             for (int d = 0; d < dim; d += LANES) store(scaled + i + d, load(first + i + d) * load(scale + d));
-        page_scores(keys, dim, G, scaled, scores + g * stride, stride, ahead);
+        score_page<G>(keys, dim, scaled, scores + g * stride, stride, ahead);
         for (int i = 0; zero && i < G; ++i) {
             float* of = scores + (g + i) * stride;
             store(of, load(of) + dot(first + i * dim, zero, dim));

@@ -49,11 +49,10 @@ int place_for(const float* from, int n) {
     return static_cast<int>(std::lower_bound(SCALES.begin(), SCALES.end() - 1, most / 127.0f) - SCALES.begin());
 }
 
-// The nearest code of a number; of those that are even or odd where `bit` is 0 or 1.
-int8_t code8(float number, float inverse, int bit = -1) {
+// The nearest code of a number, of those that are `apart`, with `bit` one of them.
+int8_t code8(float number, float inverse, int apart, int bit) {
     const float wanted = std::clamp(number * inverse, -127.0f, 127.0f);
-    if (bit < 0) return static_cast<int8_t>(std::lrint(wanted));
-    const auto nearest = 2 * std::lrint((wanted - bit) / 2) + bit;
+    const auto nearest = apart * std::lrint((wanted - bit) / apart) + bit;
     return static_cast<int8_t>(nearest > 127 ? 126 : nearest);
 }
 
@@ -61,10 +60,11 @@ int8_t code8(float number, float inverse, int bit = -1) {
 void quantise_lines(const float* from, int n, int8x2* to) {
     const int even = place_for(from, n), odd = place_for(from + n, n);
     const float even_inverse = 1.0f / SCALES[even], odd_inverse = 1.0f / SCALES[odd];
+    const int places = even | odd << 8;
     for (int i = 0; i < n; ++i) {
-        const int place = i < 4 ? even : odd, at = 2 * i % 8;
-        to[i].even = code8(from[i], even_inverse, i < 8 ? place >> at & 1 : -1);
-        to[i].odd = code8(from[n + i], odd_inverse, i < 8 ? place >> (at + 1) & 1 : -1);
+        const int apart = i < 8 ? 2 : 1, bits = i < 8 ? places >> 2 * i : 0;
+        to[i].even = code8(from[i], even_inverse, apart, bits & 1);
+        to[i].odd = code8(from[n + i], odd_inverse, apart, bits >> 1 & 1);
     }
 }
 
@@ -171,7 +171,8 @@ int64_t anabranch_page_bytes(int layers, int heads, int dim, int format) {
 }
 
 // Rewrites a full fp32 or bf16 page in the format of another.
-void anabranch_rewrite(uint8_t* const* pools, const int32_t* pages, int layers, int heads, int dim, int32_t from, int32_t to) {
+void anabranch_rewrite(uint8_t* const* pools, const int32_t* pages, int layers, int heads, int dim, int32_t from,
+                       int32_t to) {
     const PageShape shape{layers, heads, dim};
     const Pools all(pools, pages);
     for (int l = 0; l < layers; ++l)

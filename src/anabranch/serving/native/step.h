@@ -202,10 +202,11 @@ class Step {
             scale_by(rotated, weight, model_.qk_norm_all ? k_scale : inverse_rms(key, dim), dim);
         }
         rotate(rotated, cosine, sine, model_.rotary_dim / 2);
-        const Pools pools(rows.pool, rows.pool_pages);
-        write_token(format_of(page), pools.head(shape_, page, l, head), slot, dim, rotated,
+        write_token(format_of(page), pools().head(shape_, page, l, head), slot, dim, rotated,
                     row + queries_ + keys_ + head * dim);
     }
+
+    Pools pools() const { return {rows_->pool, rows_->pool_pages}; }
 
     Cached cached(int r, int head) const { return cached_of(*rows_, r, head); }
 
@@ -215,7 +216,7 @@ class Step {
         for (int i = 0; i < alike.rows; ++i) {
             const Cached to = cached(alike.first + i, t % model_.kv_heads);
             const int32_t page = to.open();
-            fetch(Pools(rows_->pool, rows_->pool_pages).head(shape_, page, l, to.head), shape_.key_bytes(format_of(page)));
+            fetch(pools().head(shape_, page, l, to.head), shape_.key_bytes(format_of(page)));
         }
     }
 
@@ -227,7 +228,7 @@ class Step {
         const int after = std::min(t + 1, static_cast<int>(alike_.size()) * heads - 1), wide = group * dim;
         const Next then{cached(alike_[after / heads].first, after % heads), 0};
         const Cached first = cached(alike.first, head);
-        const Pools pools(rows.pool, rows.pool_pages);
+        const Pools pools = this->pools();
         auto& queries = own.queries;
         queries.begin(alike.rows * group, dim, rows.mass ? first.pages() : 0);
         for (int i = 0; i < alike.rows; ++i) {

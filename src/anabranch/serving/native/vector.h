@@ -15,7 +15,6 @@ using i32x16 = int32_t __attribute__((vector_size(64)));
 using u32x16 = uint32_t __attribute__((vector_size(64)));
 using i16x16 = int16_t __attribute__((vector_size(32)));
 using u16x16 = uint16_t __attribute__((vector_size(32)));
-using i8x16 = int8_t __attribute__((vector_size(16)));
 using u8x16 = uint8_t __attribute__((vector_size(16)));
 
 // The upper half of a float, as bfloat16 stores it. A type of its own: uint16_t would convert by value.
@@ -39,17 +38,6 @@ inline f32x16 load(const bf16* p) {
     u16x16 half;
     std::memcpy(&half, p, sizeof half);
     return reinterpret_cast<f32x16>(__builtin_convertvector(half, u32x16) << 16);
-#endif
-}
-
-inline f32x16 load(const int8_t* p) {
-#ifdef __AVX512F__
-    return reinterpret_cast<f32x16>(
-        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
-#else
-    i8x16 v;
-    std::memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(__builtin_convertvector(v, i32x16), f32x16);
 #endif
 }
 
@@ -103,23 +91,18 @@ inline int32_t sum(i32x16 v) {
     return total;
 }
 
-inline uint32_t bits_of(float v) {
-    uint32_t bits;
-    std::memcpy(&bits, &v, sizeof bits);
-    return bits;
-}
-inline float float_of(uint32_t bits) {
-    float v;
-    std::memcpy(&v, &bits, sizeof v);
-    return v;
-}
-
 inline float widen(float v) { return v; }
-inline float widen(bf16 v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
+inline float widen(bf16 v) {
+    uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
 
 inline void narrow(float* p, float v) { *p = v; }
 inline void narrow(bf16* p, float v) {
-    const uint32_t bits = bits_of(v);
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
     p->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
