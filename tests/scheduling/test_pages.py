@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError
-from anabranch.scheduling.pages import PAGE, PagePool, pages_of
+from anabranch.scheduling.pages import EXTENT, PAGE, PagePool, pages_of
 
 
 def test_pages_of_tokens() -> None:
@@ -46,3 +46,18 @@ def test_misuse_is_noticed() -> None:
         pool.check({})
     with pytest.raises(ConfigError, match="kv_memory"):
         PagePool(0)
+
+
+def test_chains_that_grow_side_by_side_lie_apart_and_each_in_a_row() -> None:
+    pool = PagePool(4 * EXTENT + 3)
+    chains = [[pool.take()] for _ in range(4)]
+    for _ in range(EXTENT - 1):
+        for pages in chains:
+            pages.append(pool.take(pages[-1]))
+    assert sorted(pages[0] for pages in chains) == [0, EXTENT, 2 * EXTENT, 3 * EXTENT]
+    assert all(pages == list(range(pages[0], pages[0] + EXTENT)) for pages in chains)
+    assert {pool.take(chains[0][-1]) for _ in range(3)} == {4 * EXTENT + i for i in range(3)}
+    assert pool.free == 0
+    for page in chains[1]:
+        pool.give_back(page)
+    assert pool.take(chains[0][-1]) == chains[1][0]

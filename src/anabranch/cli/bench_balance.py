@@ -222,11 +222,7 @@ def _timed_ms(step: Step, case: Case, module: nn.Module, clock: str) -> float:
 
 
 def _row(
-    bench: BalanceBench,
-    case: Case,
-    name: str,
-    times: dict[str, list[float]],
-    seen: dict[str, Observation],
+    bench: BalanceBench, case: Case, name: str, times: dict[str, list[float]], seen: dict[str, Observation]
 ) -> dict[str, Any]:
     # Ratios are taken within a round, where the machine's other load hit both sides alike, then their median.
     mine = np.array(times[name])

@@ -237,12 +237,7 @@ class AdaptiveExperts:
         return self.forward(weights, rows_ND, ends_J, slot_N)
 
     def _observe(
-        self,
-        choice: Choice,
-        ids_SK: Tensor,
-        tokens: Traffic,
-        table: GuestTable,
-        home: Sequence[Tensor],
+        self, choice: Choice, ids_SK: Tensor, tokens: Traffic, table: GuestTable, home: Sequence[Tensor]
     ) -> None:
         expert_bytes = sum(torch.Size(p.shape[1:]).numel() * p.element_size() for p in home)
         # Lent in forward, returned as gradients in backward.

@@ -8,12 +8,7 @@ from anabranch.lab.cgroups import find_hierarchy
 from anabranch.lab.tools import Tools
 
 # Tool, and the package that brings it.
-TOOLS = {
-    "ip": "iproute2",
-    "tc": "iproute2",
-    "nsenter": "util-linux",
-    "unshare": "util-linux",
-}
+TOOLS = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux", "unshare": "util-linux"}
 # What the lab makes, tried in a namespace that ends with the attempt; and what its refusal means.
 TRIALS = (
     ("true", "this process may not make network namespaces; in a container, run it privileged"),

@@ -87,12 +87,7 @@ def _rulers(plan: Plan) -> _Rulers:
     supply_RG, demand_RG = counts_RG - local_RG, quota_RG - local_RG
     supply_end_RG, demand_end_RG = supply_RG.cumsum(axis=0), demand_RG.cumsum(axis=0)
     return _Rulers(
-        expert_G,
-        local_RG,
-        supply_end_RG - supply_RG,
-        supply_end_RG,
-        demand_end_RG - demand_RG,
-        demand_end_RG,
+        expert_G, local_RG, supply_end_RG - supply_RG, supply_end_RG, demand_end_RG - demand_RG, demand_end_RG
     )
 
 

@@ -7,13 +7,7 @@ import numpy as np
 
 from anabranch.costs.bounds import Bounds, bounds_of, exactly
 from anabranch.costs.energy import ClusterPower, power_of
-from anabranch.costs.ownership import (
-    Engineering,
-    Occupation,
-    Ownership,
-    Tenure,
-    ownership,
-)
+from anabranch.costs.ownership import Engineering, Occupation, Ownership, Tenure, ownership
 from anabranch.costs.training.calibration import Calibration, Interval
 from anabranch.costs.training.columns import columns_of
 from anabranch.costs.training.efficiency import HOST, step_of

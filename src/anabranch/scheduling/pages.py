@@ -4,6 +4,9 @@ from anabranch.errors import ConfigError
 
 # Tokens of a page.
 PAGE = 16
+# Pages of an extent. A chain is read as a stream as long as its pages follow each other: it grows within extents of its
+# own while there are such, also where others grow beside it.
+EXTENT = 32
 
 
 def pages_of(tokens: int) -> int:
@@ -21,7 +24,10 @@ class PagePool:
         if pages < 1:
             raise ConfigError(f"must hold at least one page of {PAGE} tokens", setting="kv_memory")
         self.pages, self.first = pages, first
-        self._free = list(range(first + pages - 1, first - 1, -1))
+        # Both with the next one to be taken at their ends.
+        self._free = dict.fromkeys(range(first + pages - 1, first - 1, -1))
+        self._whole = dict.fromkeys(range((pages - 1) // EXTENT, -1, -1))
+        self._free_of = [min(EXTENT, pages - at) for at in range(0, pages, EXTENT)]
         self._holders = [0] * pages
 
     @property
@@ -29,11 +35,28 @@ class PagePool:
         """Pages that nobody holds."""
         return len(self._free)
 
-    def take(self) -> int:
-        """A free page, held once. The caller has asked `free`."""
-        page = self._free.pop()
+    def take(self, after: int | None = None) -> int:
+        """A free page, held once: the one behind page `after` where it belongs to nobody's extent, else the first of an
+        extent that is free as a whole, else any. The caller has asked `free`."""
+        page = self.first if after is None else after + 1
+        inside = (page - self.first) % EXTENT != 0 and page in self._free
+        if not inside and (page - self.first) // EXTENT not in self._whole:
+            page = (
+                self.first + EXTENT * next(reversed(self._whole))
+                if self._whole
+                else next(reversed(self._free))
+            )
+        del self._free[page]
+        extent = (page - self.first) // EXTENT
+        self._free_of[extent] -= 1
+        self._whole.pop(extent, None)
         self._holders[page - self.first] = 1
         return page
+
+    def extend(self, pages: list[int], count: int) -> None:
+        """Take so many more for a chain that has `pages`."""
+        for _ in range(count):
+            pages.append(self.take(pages[-1] if pages else None))
 
     def share(self, page: int) -> None:
         """One more holder of a held page."""
@@ -45,7 +68,11 @@ class PagePool:
         assert self._holders[page - self.first] > 0, f"page {page} is free already"
         self._holders[page - self.first] -= 1
         if self._holders[page - self.first] == 0:
-            self._free.append(page)
+            self._free[page] = None
+            extent = (page - self.first) // EXTENT
+            self._free_of[extent] += 1
+            if self._free_of[extent] == min(EXTENT, self.pages - EXTENT * extent):
+                self._whole[extent] = None
 
     def holders(self, page: int) -> int:
         """How many hold the page."""
@@ -55,4 +82,4 @@ class PagePool:
         """Assert that exactly these pages are held, each by so many: no page has leaked."""
         counted = {self.first + i: n for i, n in enumerate(self._holders) if n}
         assert counted == held, f"pages held {counted}, expected {held}"
-        assert len(self._free) + len(counted) == self.pages and len(set(self._free)) == len(self._free)
+        assert len(self._free) + len(counted) == self.pages and sum(self._free_of) == len(self._free)

@@ -225,7 +225,7 @@ class Scheduler:
             return None
         chain.pages = shared[:]
         if chain.kept:
-            chain.pages += [self.pool.take() for _ in range(needed)]
+            self.pool.extend(chain.pages, needed)
         else:
             chain.cached = reused
             self.tally.reused += reused
@@ -247,7 +247,7 @@ class Scheduler:
             return
         for other in self.running:
             if other.request is chain.request and other.cached > known and not other.evicted:
-                chain.pages.append(self.pool.take())
+                self.pool.extend(chain.pages, 1)
                 chain.cached += count
                 if self._copy(other, chain, place):
                     self.tally.reused += count
@@ -276,7 +276,7 @@ class Scheduler:
             self._preempt(youngest)
             if youngest is chain:
                 return False
-        chain.pages += [self.pool.take() for _ in range(needed)]
+        self.pool.extend(chain.pages, needed)
         return True
 
     def _preempt(self, chain: Chain) -> None:

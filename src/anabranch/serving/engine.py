@@ -222,16 +222,16 @@ class Engine:
         self.table.check()
 
     def _keep_logprobs(self, outputs: Outputs, got: Iterable[Part], tokens: Iterable[list[int]]) -> None:
-        rows, flat, chains = [], [], []
+        rows, flat, known = [], [], []
         row = 0
-        for part, mine in zip(got, tokens, strict=True):
+        for (chain, _, _, draft), mine in zip(got, tokens, strict=True):
             rows += range(row, row + len(mine))
             flat += mine
-            chains += [part.chain] * len(mine)
-            row += 1 + len(part.draft)
+            known += [self.logprobs[chain]] * len(mine)
+            row += 1 + len(draft)
         chosen = outputs.logits_WV[_int64(rows), _int64(flat)].tolist()
-        for chain, value, total in zip(chains, chosen, outputs.log_total_W[rows].tolist(), strict=True):
-            self.logprobs[chain].append(value - total)
+        for mine, value, total in zip(known, chosen, outputs.log_total_W[rows].tolist(), strict=True):
+            mine.append(value - total)
 
     def _copy(self, chain: Chain, other: Chain, place: int) -> bool:
         """The page of this place of one chain into another's; False where one is kept otherwise than it is written."""

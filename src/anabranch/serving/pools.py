@@ -90,10 +90,11 @@ def decode(shape: KvShape, kind: str, raw_PB: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(codes: Tensor, line: int) -> Tensor:
-    """Lines of int8 codes, each times its scale. As codes of two lines lie, those from 0 on hold the bits of the even
-    line's scale, and those from 8 on the odd line's."""
-    bits = codes.unflatten(-1, (-1, 2 * line))[..., :16].unflatten(-1, (2, 8)) & 1
-    place = (bits.int() << torch.arange(8)).sum(-1).flatten(-2, -1)
+    """Lines of int8 codes, each times its scale, whose eight bits are the lowest ones of the first codes: of all lines
+    the first bit, then of all the second, and so on."""
+    lines = codes.shape[-1] // line
+    bits = codes[..., : 8 * lines].unflatten(-1, (8, lines)) & 1
+    place = (bits.int() << torch.arange(8).unsqueeze(-1)).sum(-2)
     return _parted(codes, line) * torch.exp2(place.unsqueeze(-1) / 8 - 22)
 
 

@@ -35,13 +35,15 @@ def sample(outputs: Outputs, parts: Iterable[Part], step: Step) -> list[list[int
     wanted = [part for part in parts if part.last]
     tokens, draws, row = outputs.best_W.tolist(), list[Draw](), 0
     for part in wanted:
-        for i in range(1 + len(part.draft)):
-            if not part.chain.request.sampling.plain:
-                draws.append(_draw(row + i, part, i))
-        row += 1 + len(part.draft)
+        guesses = len(part.draft)
+        if not part.chain.request.sampling.plain:
+            draws += [_draw(row + i, part, i) for i in range(1 + guesses)]
+        row += 1 + guesses
     if draws:
         for draw, token in zip(draws, step.draw(outputs.logits_WV, draws), strict=True):
             tokens[draw.row] = token
+    if len(tokens) == len(wanted):
+        return [[token] for token in tokens]
     found: list[list[int]] = []
     row = 0
     for part in wanted:

@@ -10,15 +10,8 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 
-def exchange_rows(rows_PD: Tensor, send_R: list[int], recv_R: list[int], group: dist.ProcessGroup) -> Tensor:
-    """All-to-all along dim 0: send_R[d] rows go to rank d, recv_R[s] come from s. Backward is the reverse exchange."""
-    return functional.wait_tensor(
-        functional.all_to_all_single_autograd(rows_PD.contiguous(), recv_R, send_R, group)
-    )
-
-
 def exchange_plain(rows_P: Tensor, send_R: list[int], recv_R: list[int], group: dist.ProcessGroup) -> Tensor:
-    """`exchange_rows` for tensors without gradient (indices, packed weights)."""
+    """All-to-all along dim 0, without gradient: send_R[d] rows go to rank d, recv_R[s] come from s."""
     return functional.wait_tensor(functional.all_to_all_single(rows_P.contiguous(), recv_R, send_R, group))
 
 

@@ -85,24 +85,9 @@ _ALL = (
         _hot_set,
     ),
     Workload("W2", "hot_rank", "all experts of one rank are equally hot", _hot_rank_whole),
-    Workload(
-        "W3",
-        "spread",
-        "popularity falls as a power law over all experts",
-        _spread,
-    ),
-    Workload(
-        "W4",
-        "ragged_sources",
-        "source ranks differ in tokens and in mix",
-        _ragged_sources,
-    ),
-    Workload(
-        "W5",
-        "zero_load",
-        "one rank and some experts of the others get nothing",
-        _zero_load,
-    ),
+    Workload("W3", "spread", "popularity falls as a power law over all experts", _spread),
+    Workload("W4", "ragged_sources", "source ranks differ in tokens and in mix", _ragged_sources),
+    Workload("W5", "zero_load", "one rank and some experts of the others get nothing", _zero_load),
     Workload("W6", "rotating", "the hot set moves with each micro-batch", _rotating),
     Workload(
         "W7", "burst", f"balanced; in one of {BURST_EVERY} micro-batches one expert is very hot", _burst

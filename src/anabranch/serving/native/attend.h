@@ -163,7 +163,8 @@ inline void add_page(const T* values, int dim, int tokens, const float (*weights
 template <int G, class T, class S>
 inline void values_of(const T* values, const S* scale, const bf16* zero, int dim, int tokens, const float* weights,
                       int64_t weight_stride, float* out, const uint8_t* ahead) {
-    float scaled[G][PAGE], shift[G] = {};
+    alignas(64) float scaled[G][PAGE];
+    float shift[G] = {};
     for (int g = 0; g < G; ++g) {
         const float* w = weights + g * weight_stride;
         store(scaled[g], scale ? load(w) * load(scale) : load(w));
@@ -194,12 +195,12 @@ inline void page_scores(Format format, const PageShape& shape, const uint8_t* pa
         page_scores(reinterpret_cast<const bf16x2*>(page), dim, group, query, scores, stride, ahead);
     } else if (format == KV_INT8) {
         const auto* keys = reinterpret_cast<const int8x2*>(page);
-        float scale[MAX_DIM];
-        for (int d = 0; d < dim; d += LANES) store(scale + d, scales_of(keys + d / 2 * PAGE, PAGE));
+        alignas(64) float scale[MAX_DIM];
+        scales_of(keys, dim, scale);
         page_scores(keys, scale, NONE, dim, group, query, scores, stride, ahead);
     } else {
         const auto* halves = reinterpret_cast<const bf16*>(page + shape.numbers());
-        float scale[MAX_DIM];
+        alignas(64) float scale[MAX_DIM];
         for (int d = 0; d < dim; d += LANES) store(scale + d, load(halves + d));
         page_scores(reinterpret_cast<const int4x2*>(page), scale, halves + dim, dim, group, query, scores, stride, ahead);
     }
@@ -217,8 +218,8 @@ inline void page_values(Format format, const PageShape& shape, const uint8_t* pa
         page_values(values, NONE, NONE, dim, tokens, group, weights, stride, out, ahead);
     } else if (format == KV_INT8) {
         const auto* values = reinterpret_cast<const int8x2*>(page) + numbers / 2;
-        float scale[PAGE];
-        store(scale, scales_of(values, dim));
+        alignas(64) float scale[PAGE];
+        scales_of(values, PAGE, scale);
         page_values(values, scale, NONE, dim, tokens, group, weights, stride, out, ahead);
     } else {
         const auto* values = reinterpret_cast<const int4x2*>(page + numbers / 2);
@@ -286,9 +287,9 @@ struct Next {
 // Queries of one key-value head, already scaled, and what they have gathered from pages so far. The memory is kept from
 // call to call.
 struct Queries {
-    std::vector<float> asked, gathered, scores;  // [count][dim], [count][dim], [count][STRIDE]
+    Aligned<float> asked, gathered, scores;  // [count][dim], [count][dim], [count][STRIDE]
     std::vector<float> sums, tops;               // [count][pages], where the mass of pages is asked for
-    std::vector<Weighed> weighed;
+    Aligned<Weighed> weighed;
     int pages = 0;
 
     // with_mass: the pages whose mass is asked for, 0 for none.
@@ -312,9 +313,11 @@ inline void attend(const Pools& pools, const PageShape& shape, int layer, const 
     float *scores = &queries.scores[size_t(at) * STRIDE], *out = &queries.gathered[size_t(at) * dim];
     const float* query = &queries.asked[size_t(at) * dim];
     const auto place = [&](int p) { return pools.head(shape, table[p], layer, cached.head); };
-    // Half `h` of the run that follows page `first`'s, as halves lie in memory: of each page its keys, then its values.
+    // Half `h` of the run that follows page `first`'s, as halves lie in memory: of each page its keys, then its values; of
+    // small pages that of the run after it, for no less must be under way.
     const auto later = [&](int first, int h) {
-        const int p = first + RUN + h / 2, left = p - cached.pages();
+        const int ahead = format_of(table[first]) < KV_INT8 ? RUN : 2 * RUN;
+        const int p = first + ahead + h / 2, left = p - cached.pages();
         const auto& of = left < 0 ? cached : next.cached;
         const int32_t page = of.table[left < 0 ? p : std::min(next.first + left, of.pages() - 1)];
         return pools.head(shape, page, layer, of.head) + (h % 2 ? shape.key_bytes(format_of(page)) : 0);

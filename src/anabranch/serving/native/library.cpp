@@ -56,15 +56,15 @@ int8_t code8(float number, float inverse, int apart, int bit) {
     return static_cast<int8_t>(nearest > 127 ? 126 : nearest);
 }
 
-// Two lines of n numbers each, as they lie in an int8 page: see places_of.
-void quantise_lines(const float* from, int n, int8x2* to) {
-    const int even = place_for(from, n), odd = place_for(from + n, n);
-    const float even_inverse = 1.0f / SCALES[even], odd_inverse = 1.0f / SCALES[odd];
-    const int places = even | odd << 8;
-    for (int i = 0; i < n; ++i) {
-        const int apart = i < 8 ? 2 : 1, bits = i < 8 ? places >> 2 * i : 0;
-        to[i].even = code8(from[i], even_inverse, apart, bits & 1);
-        to[i].odd = code8(from[n + i], odd_inverse, apart, bits >> 1 & 1);
+// A block of lines of n numbers each, as it lies in an int8 page: see places_of.
+void quantise_int8(const float* from, int lines, int n, int8x2* to) {
+    std::vector<int> places(lines);
+    for (int i = 0; i < lines; ++i) places[i] = place_for(from + int64_t{i} * n, n);
+    auto* codes = reinterpret_cast<int8_t*>(to);
+    for (int at = 0; at < lines * n; ++at) {
+        const int line = at / (2 * n) * 2 + at % 2, place = places[line], told = at / lines;
+        const int bit = told < 8 ? places[at % lines] >> told & 1 : 0;
+        codes[at] = code8(from[line * n + at / 2 % n], 1.0f / SCALES[place], told < 8 ? 2 : 1, bit);
     }
 }
 
@@ -132,9 +132,9 @@ void rewrite_head(const uint8_t* page, Format from, uint8_t* to, Format format, 
     } else if (format == KV_BF16) {
         by_two_lines(dim, [&](int at, int n, int pair) { join(&wide[at], n, reinterpret_cast<bf16x2*>(to) + pair); });
     } else if (format == KV_INT8) {
-        by_two_lines(dim, [&](int at, int n, int pair) {
-            quantise_lines(&wide[at], n, reinterpret_cast<int8x2*>(to) + pair);
-        });
+        auto* pairs = reinterpret_cast<int8x2*>(to);
+        quantise_int8(wide.data(), dim, PAGE, pairs);
+        quantise_int8(&wide[numbers / 2], PAGE, dim, pairs + numbers / 4);
     } else {
         quantise_int4(wide.data(), to, dim);
     }

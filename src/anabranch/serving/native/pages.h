@@ -98,45 +98,46 @@ inline const std::array<float, 256> SCALES = [] {
     return made;
 }();
 
-// Where the scales of two int8 lines are in SCALES, the even line's in the low byte: the lowest bits of the first 16 codes
-// of both, as they lie.
-inline uint16_t places_of(const int8x2* lines) {
-#ifdef __AVX512BW__
-    return _mm_test_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lines)), _mm_set1_epi8(1));
-#else
-    uint64_t codes[2];
-    std::memcpy(codes, lines, sizeof codes);
-    const auto gathered = [](uint64_t eight) { return (eight & 0x0101010101010101) * 0x0102040810204080 >> 56; };
-    return static_cast<uint16_t>(gathered(codes[0]) | gathered(codes[1]) << 8);
-#endif
+// Where the scales of neighbouring int8 lines are in SCALES, a byte each, of a block of so many lines: bit b of line i's
+// place is the lowest bit of the block's code b * lines + i.
+template <class Bytes>
+inline Bytes places_of(const uint8_t* codes, int lines) {
+    Bytes places{};
+    for (int b = 7; b >= 0; --b) {
+        Bytes at;
+        std::memcpy(&at, codes + b * lines, sizeof at);
+        places = (places + places) | (at & 1);
+    }
+    return places;
 }
 
-// Of 16 lines; `stride` pairs are between the beginnings of two pairs of lines.
-inline f32x16 scales_of(const int8x2* lines, int stride) {
-    uint64_t two[4];  // places of four lines each
-    for (int i = 0; i < 4; ++i) {
-        const int8x2* at = lines + int64_t{2 * i} * stride;
-#ifdef __AVX512BW__
-        if (stride == LANES) {  // both pairs of lines are one register
-            const uint64_t bits = _mm512_test_epi8_mask(_mm512_loadu_si512(at), _mm512_set1_epi8(1));
-            two[i] = (bits & 0xffff) | (bits >> 16 & 0xffff0000);
-            continue;
-        }
-#endif
-        two[i] = places_of(at) | uint64_t{places_of(at + stride)} << 16;
-    }
+inline f32x16 scales_at(u8x16 places) {
 #ifdef __AVX512F__
-    const __m512i place = _mm512_cvtepu8_epi32(_mm_set_epi64x(two[2] | two[3] << 32, two[0] | two[1] << 32));
+    const __m512i place = _mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(places));
     // Of a place the lower four bits are one of two octaves from 1 on, the upper four twice as many octaves.
     const __m512 low = _mm512_permutexvar_ps(place, _mm512_loadu_ps(&SCALES[ONE]));
     const __m512i octaves = _mm512_slli_epi32(_mm512_srli_epi32(place, 4), 1);
     const __m512i exponent = _mm512_slli_epi32(_mm512_sub_epi32(octaves, _mm512_set1_epi32(ONE / 8)), 23);
     return reinterpret_cast<f32x16>(_mm512_add_epi32(_mm512_castps_si512(low), exponent));
 #else
-    float scales[LANES];
-    for (int i = 0; i < LANES; ++i) scales[i] = SCALES[two[i / 4] >> 8 * (i % 4) & 255];
-    return load(scales);
+    f32x16 scales;
+    for (int i = 0; i < LANES; ++i) scales[i] = SCALES[places[i]];
+    return scales;
 #endif
+}
+
+// Of a block of lines, a multiple of 16.
+inline void scales_of(const int8x2* block, int lines, float* scales) {
+    const auto* codes = reinterpret_cast<const uint8_t*>(block);
+    constexpr int MANY = 4 * LANES;
+    int i = 0;
+    for (; i + MANY <= lines; i += MANY) {
+        const auto places = places_of<u8x64>(codes + i, lines);
+        u8x16 some[4];
+        std::memcpy(some, &places, sizeof some);
+        for (int j = 0; j < 4; ++j) store(scales + i + j * LANES, scales_at(some[j]));
+    }
+    for (; i < lines; i += LANES) store(scales + i, scales_at(places_of<u8x16>(codes + i, lines)));
 }
 
 // Asks for the lines that so many bytes at `ahead` are in. Pages lie anywhere in memory, where the processor guesses

@@ -8,6 +8,7 @@
 #include "heads.h"
 #include "matrix.h"
 #include "store.h"
+#include "summary.h"
 #include "team.h"
 
 namespace anabranch {
@@ -46,9 +47,10 @@ class Step {
 
    private:
     struct Own {
-        std::vector<float> out, probabilities;
+        Aligned<float> out, probabilities;
         Queries queries;
         std::vector<const Act*> inputs;
+        std::vector<const float*> wide;  // rows that are routed
         Groups groups;
     };
 
@@ -74,6 +76,7 @@ class Step {
         shared_.resize(n * Kind::row_acts(shared));
         shared_weight_.resize(n);
         guesses_.resize(store_ ? pairs : 0);
+        summary_.reserve(rows.wanted, model_.vocab);
     }
 
     void member_run(int member) {
@@ -86,11 +89,11 @@ class Step {
             for (int r = member; r < rows.rows; r += team_.members()) normalise(r, layer.attention_norm, r);
             team_.meet();
             attention(layer, l, member);
-            for (int r = member; r < rows.rows; r += team_.members()) {
-                normalise(r, layer.mlp_norm, r);
-                route(layer, l, r, own_[member]);
-                if (const auto* next = next_stored(l)) guess(*next, r, own_[member]);
-            }
+            const int from = rows.rows * member / team_.members(), to = rows.rows * (member + 1) / team_.members();
+            for (int r = from; r < to; ++r) normalise(r, layer.mlp_norm, r);
+            route(layer, l, from, to, own_[member]);
+            if (const auto* next = next_stored(l))
+                for (int r = from; r < to; ++r) guess(*next, r, own_[member]);
             team_.meet();
             experts(layer, l, member);
         }
@@ -247,24 +250,33 @@ class Step {
             Kind::write(row(attended_, alike.first + i, queries_), head * wide, &queries.gathered[size_t(i) * wide], wide);
     }
 
-    // The experts of a row and their weights: softmax over all, the largest top_k, ties to the lower number.
-    void route(const AnabranchLayer& layer, int l, int r, Own& own) {
+    // The experts of rows and their weights: softmax over all, the largest top_k, ties to the lower number.
+    void route(const AnabranchLayer& layer, int l, int from, int to, Own& own) {
+        own.wide.resize(to - from);
+        for (int r = from; r < to; ++r) own.wide[r - from] = &normal32_[size_t(r) * wide_];
+        if (layer.router) scores(layer, model_.hidden, own);
+        for (int r = from; r < to; ++r) {
+            shared_weight_[r] = weight_of_shared(layer, own.wide[r - from]);
+            choose(layer, l, r, own.probabilities.data() + size_t(r - from) * padded(layer.experts, BLOCK));
+        }
+    }
+
+    float weight_of_shared(const AnabranchLayer& layer, const float* x) const {
+        if (!layer.shared_width || !layer.shared_gate) return 1.0f;
+        float dot = 0.0f;
+        for (int d = 0; d < model_.hidden; ++d) dot += x[d] * layer.shared_gate[d];
+        return 1.0f / (1.0f + std::exp(-dot));
+    }
+
+    // p: the row's scores, which are used up.
+    void choose(const AnabranchLayer& layer, int l, int r, float* p) {
         const int k = layer.top_k;
         int32_t* ids = &ids_[size_t(r) * k];
         float* weights = &weights_[size_t(r) * k];
-        const float* x = &normal32_[size_t(r) * wide_];
-        if (layer.shared_width && layer.shared_gate) {
-            float dot = 0.0f;
-            for (int d = 0; d < model_.hidden; ++d) dot += x[d] * layer.shared_gate[d];
-            shared_weight_[r] = 1.0f / (1.0f + std::exp(-dot));
-        } else {
-            shared_weight_[r] = 1.0f;
-        }
         if (!layer.router) {
             ids[0] = 0, weights[0] = 1.0f;
             return;
         }
-        float* p = scores(layer, x, own);
         softmax(p, layer.experts);
         float total = 0.0f;
         for (int i = 0; i < k; ++i) {
@@ -276,13 +288,15 @@ class Step {
         if (rows_->routed) std::copy(ids, ids + k, rows_->routed + (int64_t{l} * rows_->rows + r) * k);
     }
 
-    float* scores(const AnabranchLayer& layer, const float* x, Own& own) {
-        own.probabilities.resize(padded(layer.experts, BLOCK));
-        float* p = own.probabilities.data();
-        for (int b = 0; b < padded(layer.experts, BLOCK) / BLOCK; ++b)
-            multiply_block<F32>(layer.router + b * F32::block_bytes(model_.hidden), nullptr, model_.hidden, &x, 1,
-                                [&](int, const f32x16* sums) { keep(p, nullptr, b, sums); });
-        return p;
+    // What the router gives for each of `own.wide`, in own.probabilities.
+    static void scores(const AnabranchLayer& layer, int hidden, Own& own) {
+        const int wide = padded(layer.experts, BLOCK), count = static_cast<int>(own.wide.size());
+        own.probabilities.resize(size_t(count) * wide);
+        for (int b = 0; b < wide / BLOCK; ++b)
+            multiply_block<F32>(layer.router + b * F32::block_bytes(hidden), nullptr, hidden, own.wide.data(), count,
+                                [&](int r, const f32x16* sums) {
+                                    keep(&own.probabilities[size_t(r) * wide], nullptr, b, sums);
+                                });
     }
 
     const AnabranchLayer* next_stored(int l) const {
@@ -297,7 +311,9 @@ class Step {
     void guess(const AnabranchLayer& later, int r, Own& own) {
         own.out.resize(model_.hidden);
         for (int d = 0; d < model_.hidden; ++d) own.out[d] = residual_[size_t(r) * wide_ + d] * later.mlp_norm[d];
-        float* p = scores(later, own.out.data(), own);
+        own.wide.assign(1, own.out.data());
+        scores(later, model_.hidden, own);
+        float* p = own.probabilities.data();
         for (int i = 0; i < later.top_k; ++i) {
             const int best = place_of_largest(p, later.experts);
             guesses_[size_t(r) * later.top_k + i] = best, p[best] = -INFINITY;
@@ -429,22 +445,13 @@ class Step {
         gather(own, normal_, wide_, rows.wanted);
         multiply(model_.head, wide, model_.hidden, own, [&](int i, int b, const f32x16* sums) {
             keep(rows.logits + int64_t{i} * wide, nullptr, b, sums);
+            summary_.add(i, b, sums);
         });
         team_.meet();
-        for (int i = member; i < rows.wanted; i += team_.members()) summarise(i, rows.logits + int64_t{i} * wide);
-    }
-
-    void summarise(int i, const float* logits) {
-        const int best = place_of_largest(logits, model_.vocab);
-        const float most = logits[best];
-        float total = 0.0f;
-        int v = 0;
-        f32x16 lanes{};
-        for (; v + LANES <= model_.vocab; v += LANES) lanes += exponential(load(logits + v) - most);
-        total = sum(lanes);
-        for (; v < model_.vocab; ++v) total += std::exp(logits[v] - most);
-        rows_->best[i] = best;
-        rows_->log_total[i] = most + std::log(total);
+        for (int i = member; i < rows.wanted; i += team_.members()) {
+            const auto row = summary_.row(i, rows.logits + int64_t{i} * wide);
+            rows.best[i] = row.best, rows.log_total[i] = row.log_total;
+        }
     }
 
     static void keep(float* row, const float* bias, int b, const f32x16* sums) {
@@ -463,9 +470,9 @@ class Step {
 
     float inverse_rms(const float* x, int n) const { return anabranch::inverse_rms(x, n, model_.eps); }
 
-    static Act* row(std::vector<Act>& rows, int r, int numbers) { return &rows[r * Kind::row_acts(numbers)]; }
+    static Act* row(Aligned<Act>& rows, int r, int numbers) { return &rows[r * Kind::row_acts(numbers)]; }
 
-    static void gather(Own& own, std::vector<Act>& rows, int numbers, int count) {
+    static void gather(Own& own, Aligned<Act>& rows, int numbers, int count) {
         own.inputs.resize(count);
         for (int r = 0; r < count; ++r) own.inputs[r] = row(rows, r, numbers);
     }
@@ -477,8 +484,9 @@ class Step {
     const int queries_, keys_, qkv_wide_;
     const AnabranchRows* rows_ = nullptr;
     std::vector<Own> own_;
-    std::vector<float> residual_, normal32_, qkv_, turned_, weights_, shared_weight_;
-    std::vector<Act> normal_, attended_, hidden_, shared_;
+    Aligned<float> residual_, normal32_, qkv_, turned_, weights_, shared_weight_;
+    Summary summary_;
+    Aligned<Act> normal_, attended_, hidden_, shared_;
     std::vector<int32_t> ids_, guesses_;
     std::vector<int> order_;
     std::vector<Alike> alike_;

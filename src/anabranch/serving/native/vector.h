@@ -3,6 +3,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -16,11 +19,29 @@ using u32x16 = uint32_t __attribute__((vector_size(64)));
 using i16x16 = int16_t __attribute__((vector_size(32)));
 using u16x16 = uint16_t __attribute__((vector_size(32)));
 using u8x16 = uint8_t __attribute__((vector_size(16)));
+using u8x64 = uint8_t __attribute__((vector_size(64)));
 
 // The upper half of a float, as bfloat16 stores it. A type of its own: uint16_t would convert by value.
 struct bf16 {
     uint16_t bits;
 };
+
+// A vector that begins with a cache line: a register that is written across two comes back late.
+template <class T>
+struct LineAllocator {
+    using value_type = T;
+    static constexpr std::align_val_t LINE{64};
+
+    LineAllocator() = default;
+    template <class U>
+    LineAllocator(const LineAllocator<U>&) {}
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), LINE)); }
+    void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
+    bool operator==(const LineAllocator&) const { return true; }
+    bool operator!=(const LineAllocator&) const { return false; }
+};
+template <class T>
+using Aligned = std::vector<T, LineAllocator<T>>;
 
 inline f32x16 splat(float value) { return f32x16{} + value; }
 
