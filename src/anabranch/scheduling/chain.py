@@ -8,7 +8,7 @@ from anabranch.scheduling.sampling import Sampling
 from anabranch.scheduling.thinking import Thinking
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Request:
     """One prompt, continued `samples` times. Raises ConfigError naming the setting that cannot work."""
 
@@ -44,7 +44,7 @@ class End(Enum):
     CANCELLED = "cancelled"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Chain:
     """One sample of a request: its tokens, and the pages that hold keys and values of the first `cached` of them.
 
@@ -68,8 +68,11 @@ class Chain:
     # How often it has given a slot up: its pages of before are no longer its own.
     left: int = 0
     end: End | None = None
+    # Whether the most probable token of the logits as they are is taken.
+    plain: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.plain = self.request.sampling.plain
         self._force()
 
     @property

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from anabranch.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """Settings of one request, in the order in which they are applied to its logits.
 

@@ -169,15 +169,16 @@ class Engine:
         if self.speculator is not None:
             self.speculator.times.tell(sum(p.tokens for p in parts), 1e3 * (time.perf_counter() - started))
         got = [part for part in parts if part.last]
+        chains = [part.chain for part in got]
         self._keep_logprobs(outputs, got, tokens)
-        counts = {part.chain: len(mine) for part, mine in zip(got, tokens, strict=True)}
+        counts = {chain: len(mine) for chain, mine in zip(chains, tokens, strict=True)}
         self.table.close((part.chain, part.entered(counts.get(part.chain, 0))) for part in parts)
         self.scheduler.done(parts, tokens)
-        for part in got:
-            chain, known = part.chain, self.logprobs[part.chain]
-            del known[chain.new_tokens :]  # guesses that went on after a stop
-            known += [None] * (chain.new_tokens - len(known))
-        chains = [part.chain for part in got]
+        for chain in chains:
+            known, new = self.logprobs[chain], chain.new_tokens
+            if len(known) != new:  # guesses that went on after a stop, or a forced end of thought
+                del known[new:]
+                known += [None] * (new - len(known))
         if self.evictor is not None:
             self.evictor.evict(chains)
         return chains
@@ -229,7 +230,9 @@ class Engine:
             flat += mine
             known += [self.logprobs[chain]] * len(mine)
             row += 1 + len(draft)
-        chosen = outputs.logits_WV[_int64(rows), _int64(flat)].tolist()
+        # numpy is the quicker of both.
+        logits_WV: Any = outputs.logits_WV.numpy() if outputs.logits_WV.is_cpu else outputs.logits_WV
+        chosen = logits_WV[rows, flat].tolist()
         for mine, value, total in zip(known, chosen, outputs.log_total_W[rows].tolist(), strict=True):
             mine.append(value - total)
 
@@ -289,10 +292,6 @@ class Engine:
             _int32(tokens), _int32(positions), _int32(lengths), _int32(chains), self.table.lines_CP, _int32(want),
             one_each,
         )  # fmt: skip
-
-
-def _int64(numbers: list[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def _int32(numbers: list[int]) -> Int32:

@@ -36,7 +36,7 @@ def sample(outputs: Outputs, parts: Iterable[Part], step: Step) -> list[list[int
     tokens, draws, row = outputs.best_W.tolist(), list[Draw](), 0
     for part in wanted:
         guesses = len(part.draft)
-        if not part.chain.request.sampling.plain:
+        if not part.chain.plain:
             draws += [_draw(row + i, part, i) for i in range(1 + guesses)]
         row += 1 + guesses
     if draws:

@@ -49,11 +49,11 @@ class PageTable:
         """Bring the chain's line up to date; its next `count` tokens go to open pages where there are such."""
         slot = chain.slot
         assert slot is not None
-        listed = _Listed(chain, chain.left, chain.evicted, len(chain.pages))
+        listed = chain, chain.left, chain.evicted, len(chain.pages)
         if self._listed[slot] != listed:
             pages = self.pages(chain)
             self.lines_CP[slot, : len(pages)] = pages
-            self._listed[slot] = listed
+            self._listed[slot] = _Listed(*listed)
         if self._open is not None:
             mine = self._overlay.setdefault(slot, {})
             for index in range(chain.cached // PAGE, (chain.cached + count - 1) // PAGE + 1):
