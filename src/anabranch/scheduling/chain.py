@@ -44,7 +44,7 @@ class End(Enum):
     CANCELLED = "cancelled"
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Chain:
     """One sample of a request: its tokens, and the pages that hold keys and values of the first `cached` of them.
 
