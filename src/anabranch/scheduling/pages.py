@@ -27,7 +27,6 @@ class PagePool:
         # Both with the next one to be taken at their ends.
         self._free = dict.fromkeys(range(first + pages - 1, first - 1, -1))
         self._whole = dict.fromkeys(range((pages - 1) // EXTENT, -1, -1))
-        self._free_of = [min(EXTENT, pages - at) for at in range(0, pages, EXTENT)]
         self._holders = [0] * pages
 
     @property
@@ -40,16 +39,11 @@ class PagePool:
         extent that is free as a whole, else any. The caller has asked `free`."""
         page = self.first if after is None else after + 1
         inside = (page - self.first) % EXTENT != 0 and page in self._free
-        if not inside and (page - self.first) // EXTENT not in self._whole:
-            page = (
-                self.first + EXTENT * next(reversed(self._whole))
-                if self._whole
-                else next(reversed(self._free))
-            )
+        if not inside and self._extent(page) not in self._whole:
+            beginnings = (self.first + EXTENT * extent for extent in reversed(self._whole))
+            page = next(beginnings, next(reversed(self._free)))
         del self._free[page]
-        extent = (page - self.first) // EXTENT
-        self._free_of[extent] -= 1
-        self._whole.pop(extent, None)
+        self._whole.pop(self._extent(page), None)
         self._holders[page - self.first] = 1
         return page
 
@@ -69,9 +63,8 @@ class PagePool:
         self._holders[page - self.first] -= 1
         if self._holders[page - self.first] == 0:
             self._free[page] = None
-            extent = (page - self.first) // EXTENT
-            self._free_of[extent] += 1
-            if self._free_of[extent] == min(EXTENT, self.pages - EXTENT * extent):
+            extent = self._extent(page)
+            if not any(self._holders[EXTENT * extent : EXTENT * (extent + 1)]):
                 self._whole[extent] = None
 
     def holders(self, page: int) -> int:
@@ -82,4 +75,9 @@ class PagePool:
         """Assert that exactly these pages are held, each by so many: no page has leaked."""
         counted = {self.first + i: n for i, n in enumerate(self._holders) if n}
         assert counted == held, f"pages held {counted}, expected {held}"
-        assert len(self._free) + len(counted) == self.pages and sum(self._free_of) == len(self._free)
+        assert len(self._free) + len(counted) == self.pages and not self._free.keys() & counted.keys()
+        used = {self._extent(page) for page in counted}
+        assert self._whole.keys() == set(range(-(-self.pages // EXTENT))) - used
+
+    def _extent(self, page: int) -> int:
+        return (page - self.first) // EXTENT

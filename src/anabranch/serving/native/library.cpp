@@ -59,13 +59,20 @@ int8_t code8(float number, float inverse, int apart, int bit) {
 // A block of lines of n numbers each, as it lies in an int8 page: see places_of.
 void quantise_int8(const float* from, int lines, int n, int8x2* to) {
     std::vector<int> places(lines);
-    for (int i = 0; i < lines; ++i) places[i] = place_for(from + int64_t{i} * n, n);
-    auto* codes = reinterpret_cast<int8_t*>(to);
-    for (int at = 0; at < lines * n; ++at) {
-        const int line = at / (2 * n) * 2 + at % 2, place = places[line], told = at / lines;
-        const int bit = told < 8 ? places[at % lines] >> told & 1 : 0;
-        codes[at] = code8(from[line * n + at / 2 % n], 1.0f / SCALES[place], told < 8 ? 2 : 1, bit);
+    std::vector<float> inverses(lines);
+    for (int i = 0; i < lines; ++i) {
+        places[i] = place_for(from + int64_t{i} * n, n);
+        inverses[i] = 1.0f / SCALES[places[i]];
     }
+    auto* codes = reinterpret_cast<int8_t*>(to);
+    int at = 0;
+    for (int pair = 0; pair < lines; pair += 2)
+        for (int i = 0; i < n; ++i)
+            for (int line = pair; line < pair + 2; ++line, ++at) {
+                const bool tells = at < 8 * lines;
+                const int bit = tells ? places[at % lines] >> at / lines & 1 : 0;
+                codes[at] = code8(from[line * n + i], inverses[line], tells ? 2 : 1, bit);
+            }
 }
 
 Coded code4(const float* from, int n, uint8_t* to) {

@@ -244,4 +244,19 @@ inline void multiply_block(const uint8_t* block, const uint8_t* next, int inputs
     }
 }
 
+// Sums of block b become a part of a row, or are added to it.
+inline void keep(float* row, const float* bias, int b, const f32x16* sums) {
+    for (int j = 0; j < QUADS; ++j) {
+        const int at = b * BLOCK + j * LANES;
+        store(row + at, bias ? sums[j] + load(bias + at) : sums[j]);
+    }
+}
+
+inline void add(float* row, const float* bias, int b, const f32x16* sums, float weight) {
+    for (int j = 0; j < QUADS; ++j) {
+        const int at = b * BLOCK + j * LANES;
+        store(row + at, load(row + at) + (bias ? sums[j] + load(bias + at) : sums[j] * weight));
+    }
+}
+
 }  // namespace anabranch

@@ -92,8 +92,7 @@ class Step {
             const int from = rows.rows * member / team_.members(), to = rows.rows * (member + 1) / team_.members();
             for (int r = from; r < to; ++r) normalise(r, layer.mlp_norm, r);
             route(layer, l, from, to, own_[member]);
-            if (const auto* next = next_stored(l))
-                for (int r = from; r < to; ++r) guess(*next, r, own_[member]);
+            if (const auto* next = next_stored(l)) guess(*next, from, to, own_[member]);
             team_.meet();
             experts(layer, l, member);
         }
@@ -252,12 +251,12 @@ class Step {
 
     // The experts of rows and their weights: softmax over all, the largest top_k, ties to the lower number.
     void route(const AnabranchLayer& layer, int l, int from, int to, Own& own) {
-        own.wide.resize(to - from);
-        for (int r = from; r < to; ++r) own.wide[r - from] = &normal32_[size_t(r) * wide_];
-        if (layer.router) scores(layer, model_.hidden, own);
+        own.wide.clear();
+        for (int r = from; r < to; ++r) own.wide.push_back(&normal32_[size_t(r) * wide_]);
+        scores(layer, own);
         for (int r = from; r < to; ++r) {
             shared_weight_[r] = weight_of_shared(layer, own.wide[r - from]);
-            choose(layer, l, r, own.probabilities.data() + size_t(r - from) * padded(layer.experts, BLOCK));
+            choose(layer, l, r, scores_of(layer, r - from, own));
         }
     }
 
@@ -288,15 +287,18 @@ class Step {
         if (rows_->routed) std::copy(ids, ids + k, rows_->routed + (int64_t{l} * rows_->rows + r) * k);
     }
 
-    // What the router gives for each of `own.wide`, in own.probabilities.
-    static void scores(const AnabranchLayer& layer, int hidden, Own& own) {
-        const int wide = padded(layer.experts, BLOCK), count = static_cast<int>(own.wide.size());
-        own.probabilities.resize(size_t(count) * wide);
-        for (int b = 0; b < wide / BLOCK; ++b)
-            multiply_block<F32>(layer.router + b * F32::block_bytes(hidden), nullptr, hidden, own.wide.data(), count,
-                                [&](int r, const f32x16* sums) {
-                                    keep(&own.probabilities[size_t(r) * wide], nullptr, b, sums);
-                                });
+    // What the router, where there is one, gives for each of `own.wide`.
+    void scores(const AnabranchLayer& layer, Own& own) const {
+        const int blocks = padded(layer.experts, BLOCK) / BLOCK, hidden = model_.hidden;
+        own.probabilities.resize(own.wide.size() * blocks * BLOCK);
+        for (int b = 0; layer.router && b < blocks; ++b)
+            multiply_block<F32>(layer.router + b * F32::block_bytes(hidden), nullptr, hidden, own.wide.data(),
+                                static_cast<int>(own.wide.size()),
+                                [&](int i, const f32x16* sums) { keep(scores_of(layer, i, own), nullptr, b, sums); });
+    }
+
+    static float* scores_of(const AnabranchLayer& layer, int i, Own& own) {
+        return own.probabilities.data() + size_t(i) * padded(layer.experts, BLOCK);
     }
 
     const AnabranchLayer* next_stored(int l) const {
@@ -306,17 +308,23 @@ class Step {
         return nullptr;
     }
 
-    // What a row will probably choose in a later layer: that layer's router, applied to the row as it is now (Eliseev
+    // What rows will probably choose in a later layer: that layer's router, applied to the rows as they are now (Eliseev
     // and Mazur, arXiv:2312.17238). The scale of its norm is left out: it does not change the order.
-    void guess(const AnabranchLayer& later, int r, Own& own) {
-        own.out.resize(model_.hidden);
-        for (int d = 0; d < model_.hidden; ++d) own.out[d] = residual_[size_t(r) * wide_ + d] * later.mlp_norm[d];
-        own.wide.assign(1, own.out.data());
-        scores(later, model_.hidden, own);
-        float* p = own.probabilities.data();
-        for (int i = 0; i < later.top_k; ++i) {
-            const int best = place_of_largest(p, later.experts);
-            guesses_[size_t(r) * later.top_k + i] = best, p[best] = -INFINITY;
+    void guess(const AnabranchLayer& later, int from, int to, Own& own) {
+        own.out.resize(size_t(to - from) * model_.hidden);
+        own.wide.clear();
+        for (int r = from; r < to; ++r) {
+            own.wide.push_back(&own.out[size_t(r - from) * model_.hidden]);
+            for (int d = 0; d < model_.hidden; ++d)
+                own.out[size_t(r - from) * model_.hidden + d] = residual_[size_t(r) * wide_ + d] * later.mlp_norm[d];
+        }
+        scores(later, own);
+        for (int r = from; r < to; ++r) {
+            float* p = scores_of(later, r - from, own);
+            for (int i = 0; i < later.top_k; ++i) {
+                const int best = place_of_largest(p, later.experts);
+                guesses_[size_t(r) * later.top_k + i] = best, p[best] = -INFINITY;
+            }
         }
     }
 
@@ -451,20 +459,6 @@ class Step {
         for (int i = member; i < rows.wanted; i += team_.members()) {
             const auto row = summary_.row(i, rows.logits + int64_t{i} * wide);
             rows.best[i] = row.best, rows.log_total[i] = row.log_total;
-        }
-    }
-
-    static void keep(float* row, const float* bias, int b, const f32x16* sums) {
-        for (int j = 0; j < QUADS; ++j) {
-            const int at = b * BLOCK + j * LANES;
-            store(row + at, bias ? sums[j] + load(bias + at) : sums[j]);
-        }
-    }
-
-    static void add(float* row, const float* bias, int b, const f32x16* sums, float weight) {
-        for (int j = 0; j < QUADS; ++j) {
-            const int at = b * BLOCK + j * LANES;
-            store(row + at, load(row + at) + (bias ? sums[j] + load(bias + at) : sums[j] * weight));
         }
     }
 
